@@ -1,0 +1,1 @@
+"""What the hostler services share: bus, outbox, database, HTTP, auth, runtime, agent."""

@@ -1,0 +1,285 @@
+"""One queue at work: an inbox that sessions fill, workers that empty it, and every end that a delivery can have."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import aiormq
+from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
+from aio_pika.exceptions import ChannelInvalidStateError
+
+from hostler_common import errors, logs
+from hostler_common.bus.connection import (
+    BROKEN,
+    FIRST_PAUSE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    BrokerUnavailable,
+    declare_queue,
+    explain,
+)
+from hostler_common.bus.delivery import (
+    BatchHandler,
+    Delivery,
+    Handler,
+    Quarantine,
+    Reject,
+    Retry,
+    Subscription,
+    delivered,
+)
+from hostler_common.bus.metrics import BusMetrics
+from hostler_common.bus.publisher import Publisher
+from hostler_common.bus.topology import Queue
+
+log = logs.get(__name__)
+
+CONSUME_SECONDS = 5.0
+
+
+def dead_letter_handler(queue: Queue, quarantine: Quarantine) -> Handler:
+    """A handler that puts what the broker gave up on into quarantine, as a message of its first queue."""
+
+    async def keep(delivery: Delivery) -> None:
+        exchange, routing_key = delivery.exchange, delivery.routing_key
+        if (
+            routing_key == queue.dead_name
+        ):  # it came straight, not by the ladder, which keeps the origin
+            exchange, routing_key = _first_death(delivery.headers) or (exchange, routing_key)
+        origin = replace(delivery, queue=queue.name, exchange=exchange, routing_key=routing_key)
+        await quarantine.put(
+            origin,
+            code="message.delivery_limit",
+            reason=f"its consumer failed {queue.delivery_limit} times without an answer",
+        )
+
+    return keep
+
+
+def _first_death(headers: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Exchange and routing key before the broker dead-lettered the message (its ``x-death`` header)."""
+    deaths = headers.get("x-death")
+    if not isinstance(deaths, list) or not deaths or not isinstance(deaths[-1], dict):
+        return None
+    keys = deaths[-1].get("routing-keys") or [""]
+    return str(deaths[-1].get("exchange", "")), str(keys[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A delivery and the channel's message that settles it."""
+
+    delivery: Delivery
+    message: AbstractIncomingMessage
+
+    @property
+    def is_stale(self) -> bool:
+        """Its channel is gone: it cannot be settled, and the broker hands it out again."""
+        try:
+            return self.message.channel.is_closed
+        except ChannelInvalidStateError:  # what aio-pika answers once the channel is closed
+            return True
+
+
+class Consumer:
+    """One subscription at work: an inbox that sessions fill, and workers that empty it."""
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        *,
+        publisher: Publisher,
+        metrics: BusMetrics,
+        draining: asyncio.Event,
+        declare: bool = True,
+    ) -> None:
+        self._subscription = subscription
+        self._publisher = publisher
+        self._metrics = metrics
+        self._draining = draining
+        self._declare = declare
+        self._inbox: asyncio.Queue[Received] = asyncio.Queue()
+        self._session: tuple[AbstractQueue, str] | None = None
+        self._busy = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def queue(self) -> Queue:
+        """The queue it consumes."""
+        return self._subscription.queue
+
+    def start(self, group: asyncio.TaskGroup) -> None:
+        """Start the workers: one for batches, since they are acked in order, else as many as asked for."""
+        workers = 1 if self._subscription.batch else self._subscription.concurrency
+        for _ in range(workers):
+            group.create_task(self._work())
+
+    async def begin(self, connection: AbstractConnection, broken: Callable[..., None]) -> None:
+        """Declare the queue and consume it, on a channel of this session."""
+        if self._draining.is_set():
+            return
+        channel = await connection.channel()
+        channel.close_callbacks.add(broken)
+        await channel.set_qos(self._subscription.prefetch)
+        declared = (
+            await declare_queue(channel, self.queue)
+            if self._declare
+            else await channel.get_queue(self.queue.name, ensure=False)
+        )
+        underlay = await channel.get_underlay_channel()
+        # the broker cancels a consumer when its queue is deleted or its node goes away
+        cast("aiormq.Channel", underlay).on_consumer_cancel_callbacks.add(broken)
+        try:
+            async with asyncio.timeout(CONSUME_SECONDS):
+                tag = await declared.consume(self._receive)
+        except TimeoutError as exc:
+            # a quorum queue without a leader answers a declare, and lets basic.consume wait for ever
+            raise BrokerUnavailable(
+                f"queue {self.queue.name} has no leader to consume from"
+            ) from exc
+        self._session = (declared, tag)
+
+    async def _receive(self, message: AbstractIncomingMessage) -> None:
+        self._inbox.put_nowait(Received(delivered(self.queue.name, message), message))
+
+    async def drain(self) -> None:
+        """Take no more, and wait until nothing is being handled."""
+        if self._session is not None:
+            queue, tag = self._session
+            try:
+                await queue.cancel(tag, timeout=5)
+            except BROKEN as exc:
+                log.info("consumer_cancel_failed", queue=self.queue.name, reason=explain(exc))
+        await self._idle.wait()
+
+    async def _work(self) -> None:
+        while True:
+            received = await self._collect()
+            if self._draining.is_set():
+                continue  # left unacked: the broker hands it to another consumer
+            self._busy += 1
+            self._idle.clear()
+            try:
+                await self._settle([one for one in received if not one.is_stale])
+            except _Abandoned as exc:
+                log.info("deliveries_abandoned", queue=self.queue.name, reason=str(exc))
+            finally:
+                self._busy -= 1
+                if not self._busy:
+                    self._idle.set()
+
+    async def _collect(self) -> list[Received]:
+        received = [await self._inbox.get()]
+        batch = self._subscription.batch
+        if batch is None:
+            return received
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + batch.seconds
+        while len(received) < batch.size:
+            if not self._inbox.empty():
+                received.append(self._inbox.get_nowait())
+                continue
+            try:
+                async with asyncio.timeout_at(deadline):
+                    received.append(await self._inbox.get())
+            except TimeoutError:
+                break
+        return received
+
+    async def _settle(self, received: list[Received]) -> None:
+        """Handle them all, halving a batch that fails until the bad message stands alone."""
+        if not received:
+            return
+        try:
+            await self._handle(received)
+        except _Abandoned:
+            raise  # nothing after it may be acked: a multiple ack would take it along
+        except Exception as exc:  # noqa: BLE001  every end of a handler is one of the outcomes
+            if len(received) == 1:
+                await self._settle_bad(received[0], exc)
+                return
+            half = len(received) // 2
+            await self._settle(received[:half])
+            await self._settle(received[half:])
+            return
+        await self._ack(received[-1], multiple=self._subscription.batch is not None)
+        self._metrics.deliveries.labels(self.queue.name, "ok").inc(len(received))
+
+    async def _handle(self, received: list[Received]) -> None:
+        """Run the handler, waiting in place while a server that it needs is away."""
+        pause = FIRST_PAUSE_SECONDS
+        trace = logs.valid_traceparent(received[0].delivery.headers.get("traceparent"))
+        logs.traceparent.set(trace or logs.new_traceparent())
+        while True:
+            try:
+                with self._metrics.handling_seconds.labels(self.queue.name).time():
+                    if self._subscription.batch is not None:
+                        handle_batch = cast("BatchHandler", self._subscription.handler)
+                        await handle_batch([one.delivery for one in received])
+                    else:
+                        handle = cast("Handler", self._subscription.handler)
+                        await handle(received[0].delivery)
+                return
+            except errors.Unavailable as exc:
+                if pause == FIRST_PAUSE_SECONDS:
+                    log.warning("handler_waits", queue=self.queue.name, reason=exc.detail)
+                if self._draining.is_set():
+                    raise _Abandoned("stopping while a server is away") from exc
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+                if all(one.is_stale for one in received):
+                    raise _Abandoned("the channel is gone, they come again") from exc
+
+    async def _settle_bad(self, received: Received, exc: Exception) -> None:
+        delivery = received.delivery
+        while True:
+            try:
+                outcome = await self._send_away(delivery, exc)
+                break
+            except errors.Unavailable as unavailable:
+                if received.is_stale or self._draining.is_set():
+                    raise _Abandoned("it could not be put away") from unavailable
+                log.warning("settling_waits", queue=self.queue.name, reason=unavailable.detail)
+                await asyncio.sleep(1.0)
+        self._metrics.deliveries.labels(self.queue.name, outcome).inc()
+        await self._ack(received)
+
+    async def _send_away(self, delivery: Delivery, exc: Exception) -> str:
+        """Put the delivery on the ladder or into quarantine, and say which."""
+        queue = self.queue
+        if isinstance(exc, Reject):
+            code, reason = exc.code, exc.reason
+        else:
+            if isinstance(exc, Retry):
+                code, reason = "message.retries_exhausted", exc.reason
+            else:
+                code, reason = "message.handler_failed", f"{type(exc).__name__}: {exc}"
+                log.error(
+                    "handler_failed", queue=queue.name, attempt=delivery.attempt, exc_info=exc
+                )
+            if queue.is_quorum and await self._publisher.retry(queue, delivery):
+                return "retry"
+        quarantine = self._subscription.quarantine
+        log.warning(
+            "message_quarantined" if quarantine else "message_refused",
+            queue=queue.name,
+            routing_key=delivery.routing_key,
+            message_id=delivery.message_id,
+            code=code,
+            reason=reason,
+        )
+        if quarantine is not None:
+            await quarantine.put(delivery, code=code, reason=reason)
+        return "quarantined"
+
+    async def _ack(self, received: Received, *, multiple: bool = False) -> None:
+        try:
+            await received.message.ack(multiple=multiple)
+        except BROKEN as exc:
+            # committed but not acked: it comes again, and the handler's idempotence absorbs it
+            log.info("ack_failed", queue=self.queue.name, reason=explain(exc))
+
+
+class _Abandoned(Exception):
+    """The delivery is left unsettled: its channel is gone or the process stops."""

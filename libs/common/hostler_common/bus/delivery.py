@@ -1,0 +1,137 @@
+"""What a handler is given, and the three ways in which it ends: it returns, or raises `Retry` or `Reject`."""
+
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from aio_pika.abc import AbstractIncomingMessage
+
+from hostler_common.bus.topology import Message, Queue
+
+ATTEMPT_HEADER = "x-attempt"
+ORIGIN_EXCHANGE_HEADER = "x-origin-exchange"
+ORIGIN_ROUTING_KEY_HEADER = "x-origin-routing-key"
+
+
+class Retry(Exception):
+    """Raised by a handler: not now, perhaps later. Bounded by the queue's retry ladder."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Reject(Exception):
+    """Raised by a handler: never. The message goes to quarantine with its body, this code and this reason."""
+
+    def __init__(self, reason: str, *, code: str = "message.rejected") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One message as it came, with the exchange and routing key it was first published to."""
+
+    queue: str
+    exchange: str
+    routing_key: str
+    body: bytes
+    headers: Mapping[str, Any]
+    message_id: str | None = None
+    type: str | None = None
+    app_id: str | None = None
+    content_type: str | None = None
+    content_encoding: str | None = None
+    timestamp: datetime | None = None
+    redelivered: bool = False
+    attempt: int = 1
+
+
+class Quarantine(Protocol):
+    """Where bad messages are kept; `hostler_common.quarantine` is the real one."""
+
+    async def put(self, delivery: Delivery, *, code: str, reason: str) -> None:
+        """The delivery is kept, durably, when this returns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Hand over up to ``size`` deliveries at once, waiting at most ``seconds`` for more after the first."""
+
+    size: int = 500
+    seconds: float = 0.1
+
+
+Handler = Callable[[Delivery], Awaitable[None]]
+BatchHandler = Callable[[Sequence[Delivery]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscription:
+    """A queue and who handles it. Without a batch, up to ``concurrency`` deliveries are handled side by side.
+
+    ``quarantine`` may be missing only where losing a bad message is meant: exclusive queues of hints.
+    """
+
+    queue: Queue
+    handler: Handler | BatchHandler
+    quarantine: Quarantine | None
+    batch: Batch | None = None
+    prefetch: int = 32
+    concurrency: int = 8
+
+
+def delivered(queue: str, message: AbstractIncomingMessage) -> Delivery:
+    """The broker's message as it was first published, whatever it went through since."""
+    headers = dict(message.headers or {})
+    attempt = headers.pop(ATTEMPT_HEADER, 0)
+    return Delivery(
+        queue=queue,
+        exchange=str(headers.pop(ORIGIN_EXCHANGE_HEADER, message.exchange or "")),
+        routing_key=str(headers.pop(ORIGIN_ROUTING_KEY_HEADER, message.routing_key or "")),
+        body=message.body,
+        headers=headers,
+        message_id=message.message_id,
+        type=message.type,
+        app_id=message.app_id,
+        content_type=message.content_type,
+        content_encoding=message.content_encoding,
+        timestamp=message.timestamp,
+        redelivered=bool(message.redelivered),
+        # anybody may have written the header: only what our own ladder writes is believed
+        attempt=(attempt if isinstance(attempt, int) and 0 < attempt < 1000 else 0) + 1,
+    )
+
+
+def replaying(delivery: Delivery, *, routing_key: str) -> Message:
+    """The delivery as a message to one queue through the default exchange, keeping where it first came from."""
+    return Message(
+        exchange="",
+        routing_key=routing_key,
+        body=delivery.body,
+        message_id=delivery.message_id or str(uuid.uuid4()),
+        type=delivery.type,
+        app_id=delivery.app_id,
+        content_type=delivery.content_type or "application/octet-stream",
+        content_encoding=delivery.content_encoding,
+        headers={
+            **{k: _encodable(v) for k, v in delivery.headers.items() if k != "x-death"},
+            ORIGIN_EXCHANGE_HEADER: delivery.exchange,
+            ORIGIN_ROUTING_KEY_HEADER: delivery.routing_key,
+        },
+        timestamp=delivery.timestamp,
+        mandatory=True,
+    )
+
+
+def _encodable(value: Any) -> Any:  # noqa: ANN401  AMQP tables hold anything
+    """A header's value as pamqp encodes it: it decodes a string that is not UTF-8 to bytes, and encodes bytearrays."""
+    if isinstance(value, dict):
+        return {key: _encodable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    return bytearray(value) if isinstance(value, bytes) else value

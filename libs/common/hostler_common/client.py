@@ -1,0 +1,100 @@
+"""HTTP to other services and to ours from the command line: problem documents come back as the errors they were.
+
+The one module that imports httpx.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from hostler_common import errors, logs
+
+
+class PeerUnavailable(errors.Unavailable):
+    """The other side cannot be reached or does not answer."""
+
+    code = "peer.unavailable"
+
+
+class Api:
+    """A JSON API. Paths are relative to its address."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+
+    async def get(self, path: str, **params: object) -> Any:  # noqa: ANN401  JSON
+        """The answer to a GET; parameters that are None are left out."""
+        return await self.call("GET", path, params=params)
+
+    async def post(
+        self, path: str, body: object = None, *, idempotency_key: str | None = None
+    ) -> Any:  # noqa: ANN401  JSON
+        """The answer to a POST, or None where it has no body."""
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+        return await self.call("POST", path, body=body, headers=headers)
+
+    async def put(self, path: str, body: object) -> Any:  # noqa: ANN401  JSON
+        """The answer to a PUT."""
+        return await self.call("PUT", path, body=body)
+
+    async def delete(self, path: str) -> Any:  # noqa: ANN401  JSON
+        """The answer to a DELETE."""
+        return await self.call("DELETE", path)
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, object] | None = None,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:  # noqa: ANN401  JSON
+        """The decoded answer of a call.
+
+        Raises:
+            PeerUnavailable: no answer came.
+            HostlerError: the peer answered with an error: the class for its status, with the peer's code.
+        """
+        trace = logs.traceparent.get()
+        try:
+            response = await self._http.request(
+                method,
+                # an empty path is the address itself, to which httpx would add a slash
+                path or str(self._http.base_url).removesuffix("/"),
+                params={k: str(v) for k, v in (params or {}).items() if v is not None},
+                json=body,
+                headers={**(headers or {}), **({"traceparent": trace} if trace else {})},
+            )
+        except httpx.HTTPError as exc:
+            where = self._http.base_url.copy_with(userinfo=b"")
+            raise PeerUnavailable(f"{where} does not answer: {type(exc).__name__}") from exc
+        if response.is_success:
+            is_json = _is_json(response) and response.content
+            return response.json() if is_json else (response.text or None)
+        try:
+            problem = response.json()
+        except ValueError:
+            problem = {}
+        raise errors.from_problem(
+            response.status_code, problem if isinstance(problem, dict) else {}
+        )
+
+
+def _is_json(response: httpx.Response) -> bool:
+    media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return bool(media_type == "application/json" or media_type.endswith("+json"))
+
+
+@asynccontextmanager
+async def open_api(
+    url: str, *, token: str | None = None, timeout_seconds: float = 30.0
+) -> AsyncIterator[Api]:
+    """An API at an address, called with a token; its connections are closed on leaving."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=timeout_seconds, trust_env=False
+    ) as http:
+        yield Api(http)

@@ -1,0 +1,1 @@
+"""The package of the service that these tests run: its migrations and its templates."""
