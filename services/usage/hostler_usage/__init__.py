@@ -1,0 +1,1 @@
+"""hostler usage: billing-grade metering from a cloud's notifications."""

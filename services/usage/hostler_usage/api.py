@@ -1,0 +1,308 @@
+"""The HTTP API: stored messages, usage of any window, histories with their evidence.
+
+A caller that is bound to projects sees those alone, by a condition in the SQL, and no bodies: some
+notifications carry the whole context of whoever acted.
+"""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import asyncpg
+from fastapi import APIRouter, Path, Query, Response
+from pydantic import AwareDatetime, BaseModel, Field
+
+from hostler_common import auth, errors, http
+from hostler_usage.measures import Window, hours
+from hostler_usage.observation import ResourceKey, ResourceType
+from hostler_usage.report_store import EventFilter, Group, ReportStore, UsageFilter, UsageRow
+from hostler_usage.store import event_id
+
+ReportsDep = Annotated[ReportStore, http.state("reports")]
+router = APIRouter(prefix="/v1", dependencies=[auth.require(auth.Role.READER)])
+
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Marker = Annotated[str | None, Query(max_length=2000, description="next_marker of the last page")]
+Name = Annotated[str | None, Query(max_length=255, pattern=r"^[^\x00]*$")]
+PathName = Annotated[str, Path(max_length=255, pattern=r"^[^\x00]*$")]
+
+
+class WindowInvalid(errors.Invalid):
+    """The window ends before it begins."""
+
+    code = "usage.window.invalid"
+
+
+class GroupUnknown(errors.Invalid):
+    """Usage cannot be grouped by that."""
+
+    code = "usage.group_by.unknown"
+
+
+class BodyNotShown(errors.Forbidden):
+    """Bodies and headers are for callers that may see every project."""
+
+    code = "usage.event.body_not_shown"
+
+
+class EventItem(BaseModel):
+    """A stored notification, without its body."""
+
+    id: str
+    message_id: str
+    has_own_id: bool = Field(description="false: the id was made from the body")
+    event_type: str
+    event_time: datetime
+    received_at: datetime
+    source: str
+    region: str
+    exchange: str
+    routing_key: str
+    publisher_id: str
+    priority: str
+    request_id: str | None
+    project_id: str | None
+    resource_type: str | None
+    resource_id: str | None
+    problems: list[str] = Field(description="fields that could not be read")
+    content_type: str | None
+    content_encoding: str | None
+    body_bytes: int
+
+
+class Events(BaseModel):
+    """A page of stored notifications, newest first."""
+
+    events: list[EventItem]
+    next_marker: str | None
+
+
+class UsageItem(BaseModel):
+    """The usage of one group."""
+
+    group: dict[Group, str | None]
+    resources: int = Field(description="how many resources had part in it")
+    hours: dict[str, float] = Field(description="unit-hours, rounded for showing: do not sum them")
+    unit_microseconds: dict[str, int] = Field(description="the exact amounts")
+
+
+class Usage(BaseModel):
+    """Usage in a window, as far as it had passed at `as_of`."""
+
+    start: datetime
+    end: datetime
+    as_of: datetime
+    group_by: list[Group]
+    usage: list[UsageItem]
+    next_marker: str | None
+    unfolded_resources: int = Field(
+        description="resources with messages that are stored but not counted in here yet"
+    )
+
+
+class Cited(BaseModel):
+    """A message that an interval rests on."""
+
+    message_id: str
+    event_id: str = Field(description="its name at /v1/events")
+
+
+class IntervalItem(BaseModel):
+    """A span in which nothing about the resource changed."""
+
+    region: str
+    start: datetime
+    end: datetime | None = Field(description="null while it lasts")
+    project_id: str | None
+    state_class: str
+    attributes: dict[str, str | int | None]
+    opened_by: list[Cited]
+    closed_by: list[Cited]
+    provenance: str
+
+
+class History(BaseModel):
+    """The intervals of a resource, oldest first."""
+
+    resource_type: str
+    resource_id: str
+    intervals: list[IntervalItem]
+    anomalies: list[str]
+
+
+@router.get("/events", operation_id="list_events", tags=["events"])
+async def list_events(
+    reports: ReportsDep,
+    caller: auth.Caller,
+    start: AwareDatetime | None = None,
+    end: AwareDatetime | None = None,
+    event_type: Name = None,
+    message_id: Name = None,
+    project_id: Name = None,
+    resource_type: Name = None,
+    resource_id: Name = None,
+    source: Name = None,
+    region: Name = None,
+    limit: Limit = 100,
+    marker: Marker = None,
+) -> Events:
+    """Stored notifications, newest first, without their bodies."""
+    rows, next_marker = await reports.events(
+        EventFilter(
+            scope=caller.projects,
+            start=start,
+            end=end,
+            event_type=event_type,
+            message_id=message_id,
+            project_id=project_id,
+            resource_type=resource_type,
+            resource_id=resource_id,
+            source=source,
+            region=region,
+        ),
+        limit=limit,
+        marker=marker,
+    )
+    return Events(events=[_event(row) for row in rows], next_marker=next_marker)
+
+
+@router.get("/events/{event}", operation_id="show_event", tags=["events"])
+async def show_event(event: PathName, reports: ReportsDep, caller: auth.Caller) -> EventItem:
+    """One stored notification, without its body."""
+    return _event(await reports.event(event, scope=caller.projects))
+
+
+@router.get(
+    "/events/{event}/body",
+    operation_id="download_event",
+    tags=["events"],
+    response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {}}}},
+)
+async def download_event(event: PathName, reports: ReportsDep, caller: auth.Caller) -> Response:
+    """The body as it was read from the broker, byte for byte."""
+    if caller.projects is not None:
+        raise BodyNotShown("bodies are shown to callers that may see every project")
+    row = await reports.event(event, scope=None)
+    headers = {"ETag": f'"{row["body_sha256"].hex()}"'}
+    return Response(row["body"], media_type="application/octet-stream", headers=headers)
+
+
+@router.get("/usage", operation_id="show_usage", tags=["usage"])
+async def show_usage(
+    reports: ReportsDep,
+    caller: auth.Caller,
+    start: AwareDatetime,
+    end: AwareDatetime,
+    group_by: Annotated[
+        list[str] | None, Query(description="project, resource, type, ...: several with commas")
+    ] = None,
+    project_id: Name = None,
+    region: Name = None,
+    resource_type: Name = None,
+    resource_id: Name = None,
+    limit: Limit = 1000,
+    marker: Marker = None,
+) -> Usage:
+    """What was used in a window: exact amounts, and hours for showing."""
+    window = _window(start, end)
+    groups = _groups(group_by)
+    rows, next_marker = await reports.usage(
+        window,
+        groups,
+        UsageFilter(
+            scope=caller.projects,
+            project_id=project_id,
+            region=region,
+            resource_type=resource_type,
+            resource_id=resource_id,
+        ),
+        limit=limit,
+        marker=marker,
+    )
+    return Usage(
+        start=window.start,
+        end=window.end,
+        as_of=window.as_of,
+        group_by=groups,
+        usage=[_usage(row) for row in rows],
+        next_marker=next_marker,
+        unfolded_resources=await reports.unfolded(),
+    )
+
+
+@router.get(
+    "/resources/{resource_type}/{resource_id}/intervals",
+    operation_id="list_intervals",
+    tags=["usage"],
+)
+async def list_intervals(
+    resource_type: PathName,
+    resource_id: PathName,
+    reports: ReportsDep,
+    caller: auth.Caller,
+    region: Name = None,
+) -> History:
+    """The history of one resource, with the messages that each interval rests on."""
+    rows = await reports.intervals(
+        resource_type, resource_id, region=region, scope=caller.projects
+    )
+    regions = sorted({row["region"] for row in rows} | ({region} if region else set()))
+    anomalies: set[str] = set()
+    for name in regions:
+        key = ResourceKey(
+            region=name, resource_type=ResourceType(resource_type), resource_id=resource_id
+        )
+        anomalies.update(await reports.anomalies(key))
+    return History(
+        resource_type=resource_type,
+        resource_id=resource_id,
+        intervals=[_interval(row) for row in rows],
+        anomalies=sorted(anomalies),
+    )
+
+
+def _window(start: datetime, end: datetime) -> Window:
+    if end <= start:
+        raise WindowInvalid("end must be later than start")
+    return Window(start=start.astimezone(UTC), end=end.astimezone(UTC), as_of=datetime.now(UTC))
+
+
+def _groups(given: list[str] | None) -> list[Group]:
+    names = [name for text in given or [] for name in text.split(",") if name]
+    unknown = sorted(set(names) - set(Group))
+    if unknown:
+        raise GroupUnknown(
+            f"usage cannot be grouped by {', '.join(unknown)}: there are {', '.join(Group)}"
+        )
+    return [Group(name) for name in dict.fromkeys(names)]
+
+
+def _event(row: asyncpg.Record) -> EventItem:
+    values: dict[str, Any] = dict(row)
+    return EventItem(
+        id=event_id(row["event_time"], row["body_sha256"]),
+        **{name: values[name] for name in EventItem.model_fields if name != "id"},
+    )
+
+
+def _usage(row: UsageRow) -> UsageItem:
+    return UsageItem(
+        group=dict(row.group),
+        resources=row.resources,
+        hours={name: float(hours(amount)) for name, amount in row.amounts.items()},
+        unit_microseconds=dict(row.amounts),
+    )
+
+
+def _interval(row: asyncpg.Record) -> IntervalItem:
+    return IntervalItem(
+        region=row["region"],
+        start=row["starts_at"],
+        end=row["ends_at"],
+        project_id=row["project_id"],
+        state_class=row["state_class"],
+        attributes=row["attributes"],
+        opened_by=[Cited(**item) for item in row["opened_by"]],
+        closed_by=[Cited(**item) for item in row["closed_by"]],
+        provenance=row["provenance"],
+    )

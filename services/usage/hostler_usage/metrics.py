@@ -1,0 +1,78 @@
+"""Every Prometheus object of usage. Labels are bounded: sources, outcomes, kinds of problems."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from hostler_usage.event import Tally
+
+
+class Metrics:
+    """What usage counts, and how far behind it is."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.notifications = Counter(
+            "hostler_usage_notifications",
+            "Notifications read, by what became of them (stored, duplicate).",
+            ["source", "outcome"],
+            registry=registry,
+        )
+        self.conflicts = Counter(
+            "hostler_usage_conflicts",
+            "Message ids met with another body than before; both are kept.",
+            ["source"],
+            registry=registry,
+        )
+        self.unknown_types = Counter(
+            "hostler_usage_unknown_types",
+            "Notifications stored whose event type no rule knows.",
+            ["source"],
+            registry=registry,
+        )
+        self.problems = Counter(
+            "hostler_usage_problems",
+            "Notifications stored with a field that could not be read.",
+            ["source"],
+            registry=registry,
+        )
+        self.age_seconds = Histogram(
+            "hostler_usage_notification_age_seconds",
+            "Age of the newest notification of a batch when it was stored.",
+            ["source"],
+            buckets=(0.1, 0.5, 1, 5, 15, 60, 300, 3600, 86400, 604800),
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "hostler_usage_batch_notifications",
+            "Notifications per transaction.",
+            buckets=(1, 5, 20, 50, 100, 200, 500, 1000, 2000, 5000),
+            registry=registry,
+        )
+        self.folded = Counter(
+            "hostler_usage_folded_resources",
+            "Resources whose history was made anew.",
+            registry=registry,
+        )
+        self.dirty = Gauge(
+            "hostler_usage_dirty_resources",
+            "Resources touched and not folded yet.",
+            registry=registry,
+        )
+        self.fold_lag_seconds = Gauge(
+            "hostler_usage_fold_lag_seconds",
+            "How long the resource that has waited longest has waited to be folded.",
+            registry=registry,
+        )
+        self.unpartitioned = Gauge(
+            "hostler_usage_unpartitioned_events",
+            "Notifications whose time lies outside all partitions: absurd or very old.",
+            registry=registry,
+        )
+
+    def ingested(self, source: str, tally: Tally, age_seconds: float) -> None:
+        """A batch was stored."""
+        self.notifications.labels(source, "stored").inc(tally.stored)
+        self.notifications.labels(source, "duplicate").inc(tally.duplicate)
+        self.conflicts.labels(source).inc(tally.conflict)
+        self.unknown_types.labels(source).inc(tally.unknown_type)
+        self.problems.labels(source).inc(tally.problem)
+        self.age_seconds.labels(source).observe(max(0.0, age_seconds))
+        self.batch_size.observe(tally.stored + tally.duplicate)

@@ -1,0 +1,92 @@
+"""Every spelling of a moment that OpenStack's notifications use, read into aware UTC datetimes.
+
+One body may hold three of them: `str(datetime)` with and without an offset, ISO 8601 with `T` and
+`Z`, `strtime` without a zone, epoch seconds; and "nothing" is spelled null, "" or "None". Naive
+times are UTC, as everywhere in OpenStack. A broken time is an error for the caller to count, never
+a guess: a wrong moment would be billed.
+"""
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta, timezone
+
+PLAUSIBLE_FROM = datetime(2000, 1, 1, tzinfo=UTC)
+PLAUSIBLE_UNTIL = datetime(2100, 1, 1, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+
+_SPELLING = re.compile(
+    r"(\d{4})-(\d{2})-(\d{2})[T ](\d{2}):(\d{2}):(\d{2})(?:[.,](\d{1,12}))?"
+    r"\s?(Z|UTC|[+-]\d{2}:?\d{2})?",
+    re.ASCII,
+)
+_NOTHING = frozenset({"", "None"})
+
+
+class BadTimeError(ValueError):
+    """A value that should be a moment and is in no known spelling."""
+
+
+def parse_time(value: object) -> datetime | None:
+    """Return the moment `value` spells, in UTC, or None where it spells "no moment".
+
+    Fractions finer than a microsecond are cut. kombu's tagged form of a datetime
+    (`{"__type__": "datetime", "__value__": ...}`, kombu/utils/json.py) is accepted as well.
+
+    Raises:
+        BadTimeError: `value` is neither a moment nor nothing.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return parse_time(value.get("__value__", False))
+    try:
+        if isinstance(value, str):
+            return _parse_text(value.strip())
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return EPOCH + timedelta(seconds=value)
+    except (ValueError, OverflowError) as exc:
+        raise BadTimeError(f"not a time: {str(value)[:60]!r}") from exc
+    raise BadTimeError(f"not a time: {type(value).__name__}")
+
+
+def _parse_text(text: str) -> datetime | None:
+    if text in _NOTHING:
+        return None
+    match = _SPELLING.fullmatch(text)
+    if match is None:
+        raise ValueError("no known spelling")
+    year, month, day, hour, minute, second, fraction, zone = match.groups()
+    moment = datetime(
+        int(year),
+        int(month),
+        int(day),
+        int(hour),
+        int(minute),
+        int(second),
+        int((fraction or "0")[:6].ljust(6, "0")),
+        tzinfo=_zone(zone),
+    )
+    return moment.astimezone(UTC)
+
+
+def _zone(spelling: str | None) -> timezone:
+    if spelling is None or spelling in ("Z", "UTC"):
+        return UTC
+    offset = timedelta(hours=int(spelling[1:3]), minutes=int(spelling[-2:]))
+    return timezone(-offset if spelling[0] == "-" else offset)
+
+
+def is_plausible(moment: datetime) -> bool:
+    """Whether a cloud can have emitted something at `moment`; others are kept, not folded."""
+    return PLAUSIBLE_FROM <= moment < PLAUSIBLE_UNTIL
+
+
+def microseconds(span: timedelta) -> int:
+    """The exact length of `span`."""
+    return span // MICROSECOND
+
+
+def epoch_microseconds(moment: datetime) -> int:
+    """Microseconds from the epoch to `moment`, exact."""
+    return microseconds(moment - EPOCH)

@@ -1,0 +1,307 @@
+"""The HTTP API against a real ledger: windows, groups, pages, evidence, and who may see what."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pytest
+from typer.testing import CliRunner
+
+from hostler_common import client, errors
+from hostler_common.testing import RunningService
+from hostler_usage.__main__ import main
+from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step, VolumeLife, VolumeStep
+
+DAY = datetime(2026, 5, 8, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+WINDOW = {"start": "2026-05-08T00:00:00Z", "end": "2026-05-09T00:00:00Z"}
+RunUsage = Callable[..., AbstractAsyncContextManager[RunningService]]
+Publish = Callable[..., Awaitable[None]]
+Settled = Callable[[RunningService, int], Awaitable[dict[str, Any]]]
+
+
+def instance(number: int, project: str) -> InstanceLife:
+    return InstanceLife(
+        instance_id=f"00000000-0000-4000-8000-{number:012}",
+        project_id=project,
+        steps=(
+            Step(at=DAY + HOUR, action="create", flavor=SMALL),
+            Step(at=DAY + 3 * HOUR, action="resize", flavor=LARGE),
+            Step(at=DAY + 4 * HOUR, action="stop"),
+            Step(at=DAY + 6 * HOUR, action="delete"),
+        ),
+    )
+
+
+VOLUME = VolumeLife(
+    volume_id="00000000-0000-4000-9000-000000000001",
+    project_id="p2",
+    steps=(
+        VolumeStep(at=DAY, action="create", size_gb=10),
+        VolumeStep(at=DAY + HOUR, action="delete"),
+    ),
+)
+LIVES = (instance(1, "p1"), instance(2, "p1"), instance(3, "p2"))
+MESSAGES = [m for life in LIVES for m in life.messages()] + VOLUME.messages()
+
+
+@pytest.fixture
+def run_with_lives(run_usage: RunUsage, publish: Publish, settled: Settled) -> Any:
+    """The service with all lives folded; calls go to its API."""
+
+    class Run:
+        def __init__(self, **overrides: Any) -> None:
+            self._running = run_usage(**overrides)
+
+        async def __aenter__(self) -> RunningService:
+            service = await self._running.__aenter__()
+            await publish([message.body() for message in MESSAGES])
+            return service
+
+        async def __aexit__(self, *exc: Any) -> None:
+            await self._running.__aexit__(*exc)
+
+    return Run
+
+
+async def rows(api: client.Api, **params: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await api.get("/v1/usage", **WINDOW, **params))["usage"]
+    return found
+
+
+async def test_usage_is_grouped_as_asked(run_with_lives: Any, settled: Settled) -> None:
+    async with run_with_lives() as service:
+        await settled(service, len(MESSAGES))
+        api = service.api
+        (total,) = await rows(api)
+        assert (total["resources"], total["hours"]["instance_hours"]) == (4, 15.0)
+        assert total["unit_microseconds"]["instance_hours"] == 15 * 3_600_000_000
+        by_flavor = await rows(api, group_by="flavor", resource_type="instance")
+        assert [(r["group"]["flavor"], r["hours"]["vcpu_hours"]) for r in by_flavor] == [
+            ("m1.large", 36.0),
+            ("m1.small", 6.0),
+        ]
+        by_state = await rows(api, group_by="state_class", project_id="p1")
+        assert [(r["group"]["state_class"], r["hours"]["instance_hours"]) for r in by_state] == [
+            ("running", 6.0),
+            ("stopped", 4.0),
+        ]
+        by_both = await rows(api, group_by="project,type")
+        assert [tuple(r["group"].values()) for r in by_both] == [
+            ("p1", "instance"),
+            ("p2", "instance"),
+            ("p2", "volume"),
+        ]
+
+
+async def test_windows_are_additive_to_the_microsecond(
+    run_with_lives: Any, settled: Settled
+) -> None:
+    async with run_with_lives() as service:
+        await settled(service, len(MESSAGES))
+        cuts = [
+            "2026-05-08T00:00:00Z",
+            "2026-05-08T01:23:45.678901Z",
+            "2026-05-08T03:00:00.000001Z",
+            "2026-05-08T05:59:59.999999Z",
+            "2026-05-09T00:00:00Z",
+        ]
+        parts: dict[str, int] = {}
+        for start, end in pairwise(cuts):
+            (row,) = (await service.api.get("/v1/usage", start=start, end=end))["usage"]
+            for name, amount in row["unit_microseconds"].items():
+                parts[name] = parts.get(name, 0) + amount
+        (whole,) = await rows(service.api)
+        assert parts == whole["unit_microseconds"]
+
+
+async def test_pages_of_usage_and_events_hold_each_row_once(
+    run_with_lives: Any, settled: Settled
+) -> None:
+    async with run_with_lives() as service:
+        await settled(service, len(MESSAGES))
+        seen, marker = [], None
+        while True:
+            page = await service.api.get(
+                "/v1/usage", **WINDOW, group_by="resource,flavor", limit=2, marker=marker
+            )
+            seen += [tuple(row["group"].values()) for row in page["usage"]]
+            marker = page["next_marker"]
+            if marker is None:
+                break
+        assert len(seen) == len(set(seen)) == 7
+        assert seen == sorted(seen, key=lambda group: tuple(name or "" for name in group))
+        events, marker = [], None
+        while True:
+            page = await service.api.get("/v1/events", limit=7, marker=marker)
+            events += page["events"]
+            marker = page["next_marker"]
+            if marker is None:
+                break
+        assert len({event["id"] for event in events}) == len(events) == len(MESSAGES)
+        times = [datetime.fromisoformat(event["event_time"]) for event in events]
+        assert times == sorted(times, reverse=True)
+
+
+async def test_every_interval_leads_to_the_bodies_it_rests_on(
+    run_with_lives: Any, settled: Settled
+) -> None:
+    bodies = {m.message_id: m.body() for m in MESSAGES}
+    async with run_with_lives() as service:
+        await settled(service, len(MESSAGES))
+        path = f"/v1/resources/instance/{LIVES[0].instance_id}/intervals"
+        history = await service.api.get(path)
+        assert [
+            (item["start"], item["attributes"]["flavor"], item["state_class"])
+            for item in history["intervals"]
+        ] == [
+            ("2026-05-08T01:00:00Z", "m1.small", "running"),
+            ("2026-05-08T03:00:00Z", "m1.large", "running"),  # resized
+            ("2026-05-08T03:00:01Z", "m1.large", "running"),  # confirmed
+            ("2026-05-08T04:00:00Z", "m1.large", "stopped"),
+        ]
+        assert history["intervals"][-1]["end"] == "2026-05-08T06:00:00Z"
+        for item in history["intervals"]:
+            for cited in item["opened_by"] + item["closed_by"]:
+                body = await service.api.get(f"/v1/events/{cited['event_id']}/body")
+                assert body.encode() == bodies[cited["message_id"]]
+                digest = hashlib.sha256(bodies[cited["message_id"]]).hexdigest()
+                assert cited["event_id"].endswith(digest)
+
+
+async def test_a_reader_of_one_project_sees_that_project_alone(
+    run_with_lives: Any, settled: Settled, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens"
+    lines = [
+        f"{name}:{role}:{projects}:{hashlib.sha256(name.encode()).hexdigest()}"
+        for name, role, projects in (("admin", "admin", "*"), ("alice", "reader", "p1"))
+    ]
+    tokens.write_text("\n".join(lines))
+    async with run_with_lives(auth_mode="token", auth_tokens_file=tokens) as service:
+        async with client.open_api(service.url, token="admin") as admin:
+            whole = RunningService(
+                url=service.url, api=admin, settings=service.settings, stop=service.stop
+            )
+            await settled(whole, len(MESSAGES))
+            (p2_event,) = (await admin.get("/v1/events", project_id="p2", limit=1))["events"]
+        async with client.open_api(service.url, token="alice") as alice:
+            assert [r["group"]["project"] for r in await rows(alice, group_by="project")] == ["p1"]
+            assert await rows(alice, group_by="project", project_id="p2") == []
+            (total,) = await rows(alice)
+            assert total["hours"]["instance_hours"] == 10.0
+            events = (await alice.get("/v1/events", limit=1000))["events"]
+            assert {event["project_id"] for event in events} == {"p1"}
+            with pytest.raises(errors.NotFound):
+                await alice.get(f"/v1/events/{p2_event['id']}")
+            with pytest.raises(errors.NotFound):
+                await alice.get(f"/v1/resources/instance/{LIVES[2].instance_id}/intervals")
+            with pytest.raises(errors.Forbidden) as caught:
+                await alice.get(f"/v1/events/{events[0]['id']}/body")
+            assert caught.value.code == "usage.event.body_not_shown"
+            page = await alice.get("/")
+            assert "Last 24 hours" in page
+            assert "Ingest" not in page
+        async with client.open_api(service.url) as nobody:
+            for path in ("/v1/events", "/v1/usage", "/v1/quarantine"):
+                with pytest.raises(errors.Unauthenticated):
+                    await nobody.get(path, **WINDOW)
+
+
+BAD_REQUESTS = {
+    "/v1/usage": "request.invalid",
+    "/v1/usage?start=2026-05-08T00:00:00Z&end=2026-05-08T00:00:00Z": "usage.window.invalid",
+    "/v1/usage?start=2026-05-08T00:00:00&end=2026-05-09T00:00:00": "request.invalid",
+    "/v1/usage?start=x&end=2026-05-09T00:00:00Z": "request.invalid",
+    "/v1/usage?start=2026-05-08T00:00:00Z&end=2026-05-09T00:00:00Z&group_by=colour": (
+        "usage.group_by.unknown"
+    ),
+    "/v1/usage?start=2026-05-08T00:00:00Z&end=2026-05-09T00:00:00Z&group_by=project&marker=!!": (
+        "usage.marker.invalid"
+    ),
+    "/v1/events?marker=WyJ4IiwieSIsInoiXQ": "usage.marker.invalid",
+    "/v1/events?marker=bnVsbA": "usage.marker.invalid",
+    "/v1/events?limit=0": "request.invalid",
+    "/v1/events?project_id=%00": "request.invalid",
+    "/v1/events/nothing": "usage.event.not_found",
+    "/v1/events/99999999999999999999999-00": "usage.event.not_found",
+    "/v1/events/1-zz/body": "usage.event.not_found",
+    "/v1/resources/instance/none/intervals": "usage.resource.not_found",
+}
+
+
+async def test_a_bad_request_is_a_problem_with_a_stable_code(run_usage: RunUsage) -> None:
+    answers = {}
+    async with run_usage() as service:
+        for request in BAD_REQUESTS:
+            path, _, query = request.partition("?")
+            parameters: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+            with pytest.raises(errors.HostlerError) as caught:
+                await service.api.get(path, **parameters)
+            answers[request] = caught.value.code
+    assert answers == BAD_REQUESTS
+
+
+async def test_the_page_shows_usage_of_now_and_how_ingest_does(
+    run_usage: RunUsage, publish: Publish, settled: Settled
+) -> None:
+    now = datetime.now(UTC).replace(microsecond=0)
+    life = InstanceLife(
+        instance_id=LIVES[0].instance_id,
+        project_id="p-<now>",
+        steps=(Step(at=now - 2 * HOUR, action="create", flavor=LARGE),),
+    )
+    async with run_usage() as service:
+        await publish([message.body() for message in life.messages()])
+        await settled(service, len(life.messages()))
+        page = await service.api.get("/")
+        assert "p-&lt;now&gt;" in page
+        assert "Last 24 hours" in page
+        assert "8.00" in page  # 4 vCPUs for two hours
+        assert "<script" not in page
+
+
+async def test_the_metrics_count_what_became_of_every_notification(
+    run_usage: RunUsage, publish: Publish, settled: Settled
+) -> None:
+    body = MESSAGES[0].body()
+    async with run_usage() as service:
+        await publish([body])
+        await settled(service, 1)
+        await publish([body])
+        await settled(service, 1)
+        await publish([MESSAGES[1].body()])
+        await settled(service, 2)
+        metrics = await service.api.get("/metrics")
+        for line in (
+            'hostler_usage_notifications_total{outcome="stored",source="cloud"} 2.0',
+            'hostler_usage_notifications_total{outcome="duplicate",source="cloud"} 1.0',
+        ):
+            assert line in metrics
+
+
+async def test_the_command_line_reports_usage_and_events(
+    run_with_lives: Any, settled: Settled
+) -> None:
+    async with run_with_lives() as service:
+        await settled(service, len(MESSAGES))
+
+        def run(*arguments: str) -> str:
+            result = CliRunner().invoke(main, [*arguments, "--url", service.url])
+            assert result.exit_code == 0, result.output
+            return result.output
+
+        window = ("--start", "2026-05-08", "--end", "2026-05-09")
+        report = await asyncio.to_thread(run, "report", *window)
+        assert "p1" in report
+        assert "10.00" in report
+        as_json = await asyncio.to_thread(run, "report", *window, "--json")
+        assert '"instance_hours": 36000000000' in as_json
+        events = await asyncio.to_thread(run, "events", "--event-type", "volume.delete.end")
+        assert "volume.delete.end" in events
