@@ -1,0 +1,1 @@
+"""hostler precache: big images are on the compute hosts before anyone boots from them."""

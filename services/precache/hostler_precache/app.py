@@ -1,0 +1,105 @@
+"""The composition root of precache, and nothing else."""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from hostler_common import http, quarantine, runtime
+from hostler_common.health import Health
+from hostler_precache import agent_api, api, messages, pages
+from hostler_precache.blobs import BlobServer
+from hostler_precache.jobs import FORGET_SECONDS, Pipeline
+from hostler_precache.metrics import Metrics
+from hostler_precache.plugins import Plugins, Surroundings
+from hostler_precache.seed import Seed
+from hostler_precache.settings import Settings, read_secret
+from hostler_precache.store import Store
+from hostler_precache.swarm_store import SwarmStore
+
+PACKAGE = "hostler_precache"
+
+
+def http_app(
+    settings: Settings,
+    *,
+    state: Mapping[str, Any] | None = None,
+    health: Health | None = None,
+    registry: CollectorRegistry | None = None,
+) -> FastAPI:
+    """The HTTP application; without a state it can only be described, not served."""
+    return http.create_app(
+        settings,
+        title="hostler precache",
+        package=PACKAGE,
+        routers=[api.router, agent_api.router, quarantine.router, pages.router],
+        state=state or {},
+        health=health,
+        registry=registry,
+    )
+
+
+async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
+    """Run the service until it is told to stop."""
+    # what the stack holds is closed after the process has drained and ended its tasks
+    async with AsyncExitStack() as stack, runtime.Process(settings, stop=stop) as process:
+        pool = await process.open_pool(package=PACKAGE)
+        bus = process.open_bus(messages.topology(durable_fanout=settings.transient_quorum_queue))
+        metrics = Metrics(process.registry)
+        store, swarms = Store(pool), SwarmStore(pool)
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        surroundings = Surroundings(
+            session=session,
+            glance_url=settings.glance_url,
+            glance_token=read_secret(settings.glance_token_file),
+            file_roots=[Path(root) for root in settings.file_roots],
+        )
+        server = BlobServer(slots=settings.upload_slots, on_sent=metrics.seed_sent_bytes.inc)
+        seed = Seed(
+            name=settings.seed_id,
+            url=await _serve_blobs(stack, server, settings),
+            directory=settings.data_dir,
+            server=server,
+        )
+        stack.callback(seed.close)
+        pipeline = Pipeline(
+            settings=settings,
+            store=store,
+            swarms=swarms,
+            seed=seed,
+            plugins=Plugins(surroundings),
+            metrics=metrics,
+        )
+        process.relay_outbox(pool, bus)
+        process.spawn(pipeline.fetch_forever(), name="fetch")
+        process.every(1.0, pipeline.run_policies, name="policies")
+        process.every(0.5, pipeline.count, name="count")
+        process.every(FORGET_SECONDS, pipeline.forget_old_keys, name="forget_old_keys")
+        state = {
+            "store": store,
+            "swarms": swarms,
+            "settings": settings,
+            "quarantine": quarantine.Quarantine(pool=pool),
+        }
+        process.serve_http(
+            http_app(settings, state=state, health=process.health, registry=process.registry)
+        )
+        await process.run()
+
+
+async def _serve_blobs(stack: AsyncExitStack, server: BlobServer, settings: Settings) -> str:
+    """Start the site that sends pieces, and return where it is reached."""
+    application = web.Application()
+    server.attach(application)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=settings.drain_seconds)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    listener = http.bind(settings.http_host, settings.blob_port)
+    await web.SockSite(runner, listener).start()
+    return settings.seed_url or f"http://{settings.http_host}:{listener.getsockname()[1]}"

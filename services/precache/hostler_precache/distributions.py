@@ -1,0 +1,165 @@
+"""The nouns of the service: a blob, a distribution, a host's part in it, a policy.
+
+Values as the store gives them and the API shows them; what may happen to them is the store's
+statements' and the jobs' matter.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import NewType
+from uuid import UUID, uuid4
+
+from hostler_precache.images import Image, Verification
+from hostler_precache.manifest import BlobId
+
+DistributionId = NewType("DistributionId", UUID)
+PolicyId = NewType("PolicyId", UUID)
+
+
+def new_distribution_id() -> DistributionId:
+    """A fresh id."""
+    return DistributionId(uuid4())
+
+
+class DistributionState(StrEnum):
+    """Where a distribution is."""
+
+    FETCHING = "fetching"
+    DISTRIBUTING = "distributing"
+    DONE = "done"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+
+class BlobState(StrEnum):
+    """Where a blob is."""
+
+    FETCHING = "fetching"
+    READY = "ready"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobRecord:
+    """A blob as the database knows it."""
+
+    blob_id: BlobId
+    image_id: str
+    state: BlobState
+    reason: str | None
+    seed: str
+    seed_url: str
+    swarm_key: bytes
+    fetched_bytes: int
+    size_bytes: int | None
+    root: bytes | None
+    verification: Verification | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchTask:
+    """A fetch that this replica has the lease of."""
+
+    blob_id: BlobId
+    image: Image
+    swarm_key: bytes
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord:
+    """An image with the state of its bytes, None while nobody wanted them."""
+
+    image: Image
+    blob: BlobRecord | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostProgress:
+    """Where one host is with one distribution, and what it moved for it."""
+
+    host: str
+    state: str
+    reason: str | None
+    pieces_done: int
+    bytes_done: int
+    sent_bytes: int
+    received_from_seed_bytes: int
+    received_from_peers_bytes: int
+    wasted_bytes: int
+    updated_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """An image wanted on hosts, and how far it is, with the senders' own counts."""
+
+    distribution_id: DistributionId
+    image_id: str
+    blob_id: str | None
+    policy_id: PolicyId | None
+    hosts: Sequence[str] | None
+    priority: int
+    state: DistributionState
+    reason: str | None
+    size_bytes: int | None
+    fetched_bytes: int
+    verification: str | None
+    seed_sent_bytes: int
+    peers_sent_bytes: int
+    host_states: Mapping[str, int]
+    created_at: datetime
+    announced_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRecord:
+    """A host that an agent has spoken for."""
+
+    host: str
+    url: str
+    free_bytes: int | None
+    images: int
+    first_seen_at: datetime
+    seen_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A lister, the hosts its images belong on, and how its last run went."""
+
+    policy_id: PolicyId
+    name: str
+    lister: str
+    options: Mapping[str, object]
+    hosts: Sequence[str] | None
+    priority: int
+    every_seconds: int
+    next_run_at: datetime
+    last_run_at: datetime | None
+    last_outcome: str | None
+    last_detail: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A blob that a host should have, for a distribution."""
+
+    distribution_id: DistributionId
+    image_id: str
+    disk_format: str | None
+    priority: int
+    blob: BlobRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A host in the swarm of a blob."""
+
+    host: str
+    url: str

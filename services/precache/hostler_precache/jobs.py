@@ -1,0 +1,288 @@
+"""List, Fetch, Serve, Distribute: the pipeline as periodic work, safe beside other replicas.
+
+Policies and fetches are claimed by statements that lock what they claim, so replicas share the
+work. A replica that dies in a fetch loses its lease, and another begins the fetch again.
+"""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+from hostler_common import db, errors, idempotency, logs
+from hostler_precache import distributions, messages, pieces, tokens, tracker
+from hostler_precache.distributions import (
+    BlobRecord,
+    BlobState,
+    FetchTask,
+    Policy,
+    new_distribution_id,
+)
+from hostler_precache.fetch import Fetched, FetchProgress, fetch
+from hostler_precache.metrics import Metrics
+from hostler_precache.plugins import Plugins, SourceError, UnknownPluginError
+from hostler_precache.seed import Seed
+from hostler_precache.settings import Settings
+from hostler_precache.store import ImageDiffers, Store
+from hostler_precache.swarm_store import SwarmStore
+
+log = logs.get(__name__)
+
+ResultT = TypeVar("ResultT")
+
+FORGET_SECONDS: Final = 3600.0
+IDLE_SECONDS: Final = 0.3
+FIRST_RETRY_SECONDS: Final = 2.0
+LONGEST_RETRY_SECONDS: Final = 300.0
+
+
+class Pipeline:
+    """The service's own work, beside what it is asked over HTTP."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        store: Store,
+        swarms: SwarmStore,
+        seed: Seed,
+        plugins: Plugins,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._swarms = swarms
+        self._seed = seed
+        self._plugins = plugins
+        self._metrics = metrics
+
+    async def fetch_forever(self) -> None:
+        """Serve what is on the disk, then fetch what somebody waits for, until cancelled."""
+        await self._patiently(self._resume)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._settings.fetch_concurrency):
+                group.create_task(self._fetch_one_by_one())
+
+    async def _fetch_one_by_one(self) -> None:
+        while True:
+            task = await self._patiently(self._claim)
+            if task is None:
+                await asyncio.sleep(IDLE_SECONDS)
+            else:
+                await self._fetch(task)
+
+    async def run_policies(self) -> None:
+        """Run every policy that is due."""
+        while (policy := await self._store.claim_policy()) is not None:
+            outcome, detail = await self._run_policy(policy)
+            self._metrics.policy_runs.labels(outcome).inc()
+            log.info("policy_ran", policy=policy.name, outcome=outcome, detail=detail)
+            await self._store.policy_ran(policy.policy_id, outcome=outcome, detail=detail)
+
+    async def count(self) -> None:
+        """What this seed sent is stored, and the gauges are current."""
+        sent = self._seed.sent_bytes()
+        if sent:
+            await self._swarms.seed_sent(self._seed.name, self._seed.session_id, sent)
+        states = await self._store.count_states()
+        for state in distributions.DistributionState:
+            self._metrics.distributions.labels(state.value).set(states.get(state.value, 0))
+
+    async def forget_old_keys(self) -> None:
+        """Idempotency keys that nobody will repeat any more are gone."""
+        await idempotency.forget_old(self._store.pool)
+
+    # --- list
+
+    async def _run_policy(self, policy: Policy) -> tuple[str, str]:
+        try:
+            listed = await self._plugins.lister(policy.lister).list(policy.options)
+        except (SourceError, UnknownPluginError) as exc:
+            return "failed", str(exc)
+        new, refused = 0, []
+        for image in listed:
+            try:
+                async with db.transaction(self._store.pool) as connection:
+                    await self._store.add_image(connection, image)
+                    known = await self._store.distributed_images(connection, policy.policy_id)
+                    if image.image_id not in known:
+                        await self._store.add_distribution(
+                            connection,
+                            distribution_id=new_distribution_id(),
+                            image_id=image.image_id,
+                            hosts=policy.hosts,
+                            priority=policy.priority,
+                            policy_id=policy.policy_id,
+                        )
+                        new += 1
+            except ImageDiffers as exc:
+                refused.append(exc.detail)
+        detail = "; ".join([f"{len(listed)} images, {new} new", *refused])
+        return ("partial" if refused else "ok"), detail
+
+    # --- fetch
+
+    async def _resume(self) -> None:
+        await self._store.seed_started(self._seed.name, self._seed.url)
+        for record in await self._store.seed_blobs(self._seed.name):
+            body = await self._store.manifest(uuid.UUID(record.blob_id))
+            if not await self._seed.resume(record, body):
+                await self._store.blob_lost(record.blob_id, reason="seed.damaged")
+                self._seed.withdraw(record.blob_id)
+
+    async def _claim(self) -> FetchTask | None:
+        return await self._store.claim_fetch(
+            seed=self._seed.name,
+            seed_url=self._seed.url,
+            swarm_key=secrets.token_bytes(tokens.KEY_BYTES),
+            lease_seconds=self._settings.lease_seconds,
+        )
+
+    async def _fetch(self, task: FetchTask) -> None:
+        started = time.monotonic()
+        log.info("fetch_started", image_id=task.image.image_id, attempt=task.attempts)
+        fetched: Fetched | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                progress = FetchProgress()
+                renewing = group.create_task(self._keep_lease(task, progress))
+                fetched = await fetch(
+                    self._plugins.fetcher(task.image.fetcher),
+                    task.image,
+                    self._seed.path(task.blob_id),
+                    reserve_bytes=self._settings.reserve_bytes,
+                    progress=progress,
+                )
+                renewing.cancel()
+        except* (SourceError, pieces.PieceStoreError, UnknownPluginError) as failures:
+            await self._failed(task, _first(failures))
+        if fetched is None:
+            return
+        self._metrics.fetched_bytes.inc(fetched.manifest.size_bytes)
+        self._metrics.fetches.labels("ok").inc()
+        log.info(
+            "fetch_finished",
+            image_id=task.image.image_id,
+            size_bytes=fetched.manifest.size_bytes,
+            verification=fetched.verification.value,
+            seconds=round(time.monotonic() - started, 2),
+        )
+        await self._serve(task, fetched)
+
+    async def _keep_lease(self, task: FetchTask, progress: FetchProgress) -> None:
+        seconds = self._settings.lease_seconds
+        while True:
+            await asyncio.sleep(min(1.0, seconds / 4))
+            try:
+                held = await self._store.renew_fetch(
+                    task.blob_id,
+                    seed=self._seed.name,
+                    fetched_bytes=progress.bytes_done,
+                    lease_seconds=seconds,
+                )
+            except errors.Unavailable:
+                continue  # the fetch goes on; whether it was taken over is seen at its end
+            if not held:
+                raise SourceError("fetch.taken_over", "another replica has taken the fetch over")
+
+    async def _failed(self, task: FetchTask, exc: BaseException) -> None:
+        match exc:
+            case SourceError():
+                reason, is_transient = exc.reason, exc.is_transient
+            case pieces.PieceStoreError():
+                reason, is_transient = exc.reason, False
+            case _:
+                reason, is_transient = "fetcher.unknown", False
+        self._metrics.fetches.labels(reason).inc()
+        retry = None
+        if is_transient and task.attempts < self._settings.fetch_attempts:
+            retry = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (task.attempts - 1))
+        log.warning(
+            "fetch_failed", image_id=task.image.image_id, reason=reason, detail=str(exc),
+            retry_seconds=retry,
+        )  # fmt: skip
+        event = messages.IMAGE_FAILED.message(
+            messages.ImageFailed(
+                image_id=task.image.image_id, blob_id=task.blob_id, reason=f"{reason}: {exc}"
+            ),
+            app_id=messages.APP_ID,
+        )
+        await self._patiently(
+            lambda: self._store.fetch_failed(
+                task.blob_id,
+                seed=self._seed.name,
+                reason=f"{reason}: {exc}",
+                retry_seconds=retry,
+                messages=[event],
+            )
+        )
+
+    # --- serve and distribute
+
+    async def _serve(self, task: FetchTask, fetched: Fetched) -> None:
+        await self._seed.serve(task.blob_id, task.swarm_key, fetched.manifest)
+        record = BlobRecord(
+            blob_id=task.blob_id,
+            image_id=task.image.image_id,
+            state=BlobState.READY,
+            reason=None,
+            seed=self._seed.name,
+            seed_url=self._seed.url,
+            swarm_key=task.swarm_key,
+            fetched_bytes=fetched.manifest.size_bytes,
+            size_bytes=fetched.manifest.size_bytes,
+            root=fetched.manifest.root,
+            verification=fetched.verification,
+        )
+
+        async def finish() -> bool:
+            async with db.transaction(self._store.pool) as connection:
+                ready = await self._store.fetch_finished(
+                    connection,
+                    task.blob_id,
+                    seed=self._seed.name,
+                    manifest=fetched.manifest,
+                    verification=fetched.verification,
+                )
+                if ready is not None:
+                    event = messages.IMAGE_FETCHED.message(
+                        messages.ImageFetched(
+                            image_id=task.image.image_id,
+                            blob_id=task.blob_id,
+                            size_bytes=fetched.manifest.size_bytes,
+                            root=fetched.manifest.root.hex(),
+                            verification=fetched.verification.value,
+                        ),
+                        app_id=messages.APP_ID,
+                    )
+                    casts = tracker.announcements(
+                        record,
+                        ready,
+                        public_url=self._settings.public_url,
+                        token_seconds=self._settings.token_seconds,
+                    )
+                    await self._store.announce(connection, [event, *casts])
+            return ready is not None
+
+        if not await self._patiently(finish):
+            log.warning("fetch_taken_over", image_id=task.image.image_id)
+            self._seed.withdraw(task.blob_id)
+
+    async def _patiently(self, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        """The work's result, however long the database is away."""
+        waiting = False
+        while True:
+            try:
+                return await work()
+            except errors.Unavailable as exc:
+                if not waiting:
+                    log.warning("pipeline_waits", reason=exc.detail)
+                waiting = True
+                await asyncio.sleep(1.0)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,258 @@
+"""The list of an image's pieces: what an agent trusts, and all it trusts.
+
+A manifest names the size of the image, the size of its pieces and the sha256 of each. Its root
+is one hash over those, so whoever knows the root (32 bytes, told by precache over an
+authenticated channel) can take the list itself from anywhere. Manifests come over the network:
+`parse` believes nothing it has not bounded and recomputed.
+
+Invariant: a `Manifest` that exists is consistent. Its digests number exactly
+ceil(size / piece_size), and `root` is the root of its own content.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, NewType
+
+BlobId = NewType("BlobId", str)
+ImageId = NewType("ImageId", str)
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+MIN_PIECE_BYTES: Final = 256 * KIB
+MAX_PIECE_BYTES: Final = 16 * MIB
+MAX_IMAGE_BYTES: Final = 4 * 1024 * 1024 * MIB
+DIGEST_BYTES: Final = 32
+SCHEMA: Final = 1
+_ROOT_DOMAIN: Final = b"hostler precache manifest 1\0"
+# 4 TiB in pieces of 16 MiB: 2**18 digests of 32 bytes in base64, and room for the rest
+MAX_MANIFEST_BYTES: Final = 12 * MIB
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be believed; the text says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A run of bytes of the image: `[start, stop)`."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """How many bytes it covers."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The pieces of one blob; see the module for what it guarantees."""
+
+    size_bytes: int
+    piece_bytes: int
+    digests: bytes = field(repr=False)
+    root: bytes
+
+    @property
+    def count(self) -> int:
+        """How many pieces there are; none for an empty image."""
+        return len(self.digests) // DIGEST_BYTES
+
+    def digest(self, piece: int) -> bytes:
+        """The sha256 of a piece.
+
+        Raises:
+            IndexError: there is no such piece.
+        """
+        self._check(piece)
+        return self.digests[piece * DIGEST_BYTES : (piece + 1) * DIGEST_BYTES]
+
+    def span(self, piece: int) -> Span:
+        """Where a piece lies; the last one may be short.
+
+        Raises:
+            IndexError: there is no such piece.
+        """
+        self._check(piece)
+        start = piece * self.piece_bytes
+        return Span(start=start, stop=min(start + self.piece_bytes, self.size_bytes))
+
+    def pieces_of(self, span: Span) -> range:
+        """The pieces that a span of bytes touches.
+
+        Raises:
+            IndexError: the span is empty or reaches outside the image.
+        """
+        if not 0 <= span.start < span.stop <= self.size_bytes:
+            raise IndexError(f"bytes {span.start}-{span.stop} of {self.size_bytes}")
+        return range(span.start // self.piece_bytes, (span.stop - 1) // self.piece_bytes + 1)
+
+    def accepts(self, piece: int, data: bytes | bytearray | memoryview) -> bool:
+        """Whether these bytes are that piece: right length, right sha256."""
+        if len(data) != self.span(piece).length:
+            return False
+        return hmac.compare_digest(hashlib.sha256(data).digest(), self.digest(piece))
+
+    def to_json(self) -> bytes:
+        """The wire form; `parse` takes it back to an equal manifest."""
+        document = {
+            "schema": SCHEMA,
+            "hash": "sha256",
+            "size_bytes": self.size_bytes,
+            "piece_bytes": self.piece_bytes,
+            "pieces": base64.b64encode(self.digests).decode("ascii"),
+            "root": self.root.hex(),
+        }
+        return json.dumps(document, sort_keys=True).encode("ascii")
+
+    def _check(self, piece: int) -> None:
+        if not 0 <= piece < self.count:
+            raise IndexError(f"piece {piece} of {self.count}")
+
+
+def piece_bytes_for(size_bytes: int) -> int:
+    """The piece size for an image: the power of two nearest to size / 1024, 256 KiB to 16 MiB.
+
+    Nearest is meant as a ratio. About 1024 pieces keep the cost of the last pieces near 4 % of
+    the whole (the fluid bound times 1 + K/M, with K about 40 for a thousand hosts).
+    """
+    target = max(1, size_bytes // KIB)
+    lower = 1 << (target.bit_length() - 1)
+    nearest = lower * 2 if target * target >= 2 * lower * lower else lower
+    return min(MAX_PIECE_BYTES, max(MIN_PIECE_BYTES, nearest))
+
+
+def piece_count(size_bytes: int, piece_bytes: int) -> int:
+    """How many pieces an image of that size has."""
+    return -(-size_bytes // piece_bytes)
+
+
+def build(*, size_bytes: int, piece_bytes: int, digests: bytes) -> Manifest:
+    """A manifest of our own making, with its root.
+
+    Raises:
+        ManifestError: sizes out of bounds, or digests that do not number the pieces.
+    """
+    if not 0 <= size_bytes <= MAX_IMAGE_BYTES:
+        raise ManifestError(f"image size out of bounds: {size_bytes}")
+    if not MIN_PIECE_BYTES <= piece_bytes <= MAX_PIECE_BYTES or piece_bytes & (piece_bytes - 1):
+        raise ManifestError(f"piece size is not a power of two within bounds: {piece_bytes}")
+    expected = piece_count(size_bytes, piece_bytes) * DIGEST_BYTES
+    if len(digests) != expected:
+        raise ManifestError(f"digests are {len(digests)} bytes, the sizes ask for {expected}")
+    root = _root(size_bytes, piece_bytes, digests)
+    return Manifest(size_bytes=size_bytes, piece_bytes=piece_bytes, digests=digests, root=root)
+
+
+def parse(body: bytes, *, root: bytes | None = None) -> Manifest:
+    """The manifest in a body from the network, whose root is recomputed.
+
+    Args:
+        body: at most `MAX_MANIFEST_BYTES`.
+        root: the root that an authenticated answer of precache named; None only where the body
+            itself came from such an answer or from our own disk.
+
+    Raises:
+        ManifestError: too big, not JSON, a field missing, of the wrong type or out of bounds,
+            or a root that is not the root of the content, or not the one asked for.
+    """
+    if len(body) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"manifest of {len(body)} bytes is over {MAX_MANIFEST_BYTES}")
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        raise ManifestError("manifest is not JSON") from exc
+    if not isinstance(document, dict):
+        raise ManifestError("manifest is not an object")
+    if document.get("schema") != SCHEMA or document.get("hash") != "sha256":
+        raise ManifestError("manifest of another schema or hash")
+    manifest = build(
+        size_bytes=_integer(document, "size_bytes"),
+        piece_bytes=_integer(document, "piece_bytes"),
+        digests=_base64(document, "pieces"),
+    )
+    claimed = _text(document, "root")
+    if claimed != manifest.root.hex():
+        raise ManifestError("the root is not the root of these pieces")
+    if root is not None and not hmac.compare_digest(root, manifest.root):
+        raise ManifestError("a manifest of another root than the one asked for")
+    return manifest
+
+
+class Hasher:
+    """Builds a manifest from a stream whose chunks need not fall on piece borders."""
+
+    def __init__(self, piece_bytes: int) -> None:
+        self._piece_bytes = piece_bytes
+        self._digests = bytearray()
+        self._current = hashlib.sha256()
+        self._filled = 0
+        self._size = 0
+
+    def update(self, chunk: bytes) -> None:
+        """Take the next bytes of the image."""
+        view = memoryview(chunk)
+        while view:
+            part = view[: self._piece_bytes - self._filled]
+            self._current.update(part)
+            self._filled += len(part)
+            self._size += len(part)
+            view = view[len(part) :]
+            if self._filled == self._piece_bytes:
+                self._close_piece()
+
+    def finish(self) -> Manifest:
+        """The manifest of all that was taken.
+
+        Raises:
+            ManifestError: the image is larger than `MAX_IMAGE_BYTES`.
+        """
+        if self._filled:
+            self._close_piece()
+        return build(
+            size_bytes=self._size, piece_bytes=self._piece_bytes, digests=bytes(self._digests)
+        )
+
+    def _close_piece(self) -> None:
+        self._digests += self._current.digest()
+        self._current = hashlib.sha256()
+        self._filled = 0
+
+
+def spans(manifest: Manifest) -> Iterator[tuple[int, Span]]:
+    """Every piece with its span, in file order."""
+    for piece in range(manifest.count):
+        yield piece, manifest.span(piece)
+
+
+def _root(size_bytes: int, piece_bytes: int, digests: bytes) -> bytes:
+    head = size_bytes.to_bytes(8, "big") + piece_bytes.to_bytes(8, "big")
+    return hashlib.sha256(_ROOT_DOMAIN + head + digests).digest()
+
+
+def _integer(document: dict[str, object], name: str) -> int:
+    value = document.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ManifestError(f"{name} is not an integer")
+    return value
+
+
+def _text(document: dict[str, object], name: str) -> str:
+    value = document.get(name)
+    if not isinstance(value, str):
+        raise ManifestError(f"{name} is not text")
+    return value
+
+
+def _base64(document: dict[str, object], name: str) -> bytes:
+    text = _text(document, name)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise ManifestError(f"{name} is not base64") from exc

@@ -1,0 +1,45 @@
+"""Every Prometheus object of the service and of its part of the agent."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class Metrics:
+    """What the service counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.fetched_bytes = Counter(
+            "precache_fetched_bytes", "Bytes fetched from sources.", registry=registry
+        )
+        self.fetches = Counter(
+            "precache_fetches",
+            "Fetches ended, by outcome (ok, or the reason).",
+            ["outcome"],
+            registry=registry,
+        )
+        self.seed_sent_bytes = Counter(
+            "precache_seed_sent_bytes", "Bytes of pieces sent by this seed.", registry=registry
+        )
+        self.distributions = Gauge(
+            "precache_distributions", "Distributions, by state.", ["state"], registry=registry
+        )
+        self.policy_runs = Counter(
+            "precache_policy_runs", "Runs of policies, by outcome.", ["outcome"], registry=registry
+        )
+
+
+class AgentMetrics:
+    """What a host counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.received_bytes = Counter(
+            "precache_agent_received_bytes",
+            "Bytes of pieces received, by source (seed, peer, wasted).",
+            ["source"],
+            registry=registry,
+        )
+        self.sent_bytes = Counter(
+            "precache_agent_sent_bytes", "Bytes of pieces sent to other hosts.", registry=registry
+        )
+        self.images = Gauge(
+            "precache_agent_images", "Images wanted here, by state.", ["state"], registry=registry
+        )

@@ -1,0 +1,38 @@
+"""The service's page: distributions and how far each host is, hosts, policies."""
+
+from uuid import UUID
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+
+from hostler_common import auth
+from hostler_common.pages import Pages
+from hostler_precache.deps import StoreDep, SwarmsDep
+
+ROWS_SHOWN = 50
+
+router = APIRouter(include_in_schema=False)
+pages = Pages("hostler_precache")
+
+
+@router.get("/", dependencies=[auth.require(auth.Role.READER)])
+async def overview(request: Request, store: StoreDep, swarms: SwarmsDep) -> HTMLResponse:
+    """Distributions, hosts and policies."""
+    return pages.render(
+        request,
+        "overview.html",
+        distributions=await store.distributions(limit=ROWS_SHOWN),
+        hosts=await swarms.hosts(limit=ROWS_SHOWN),
+        policies=await store.policies(limit=ROWS_SHOWN),
+    )
+
+
+@router.get("/distributions/{distribution_id}", dependencies=[auth.require(auth.Role.READER)])
+async def distribution(request: Request, distribution_id: UUID, store: StoreDep) -> HTMLResponse:
+    """One distribution, host by host."""
+    return pages.render(
+        request,
+        "distribution.html",
+        distribution=await store.distribution(distribution_id),
+        hosts=await store.progress(distribution_id),
+    )

@@ -1,0 +1,671 @@
+"""All SQL of the service.
+
+Each function is one transaction unless it takes a connection; events and fanouts are put into
+the outbox inside it. Times are the database's.
+"""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from hostler_common import db, errors, outbox
+from hostler_common.bus import Message
+from hostler_precache.distributions import (
+    BlobRecord,
+    BlobState,
+    Distribution,
+    DistributionId,
+    DistributionState,
+    FetchTask,
+    HostProgress,
+    ImageRecord,
+    Policy,
+    PolicyId,
+)
+from hostler_precache.images import Image, SourceHash, Verification
+from hostler_precache.manifest import BlobId, ImageId, Manifest
+
+
+class ImageNotFound(errors.NotFound):
+    """No lister and no request has named this image."""
+
+    code = "precache.image.not_found"
+
+
+class ImageDiffers(errors.Conflict):
+    """An image of this id is known with another source or hash."""
+
+    code = "precache.image.differs"
+
+
+class BlobNotFound(errors.NotFound):
+    """There is no such blob, or it is not complete yet."""
+
+    code = "precache.blob.not_found"
+
+
+class DistributionNotFound(errors.NotFound):
+    """There is no such distribution."""
+
+    code = "precache.distribution.not_found"
+
+
+class PolicyNotFound(errors.NotFound):
+    """There is no such policy."""
+
+    code = "precache.policy.not_found"
+
+
+class PolicyExists(errors.Conflict):
+    """A policy of that name exists."""
+
+    code = "precache.policy.exists"
+
+
+class Store:
+    """The schema `precache`."""
+
+    def __init__(self, pool: db.Pool) -> None:
+        self._pool = pool
+
+    @property
+    def pool(self) -> db.Pool:
+        """For transactions that span calls."""
+        return self._pool
+
+    # --- images
+
+    async def add_image(self, connection: db.Connection, image: Image) -> None:
+        """The image is known. What a lister learns later of an image nobody has fetched is kept.
+
+        Raises:
+            ImageDiffers: it is known with another source, size or hash, and its bytes are here.
+        """
+        known = image.source_hash
+        values = (
+            image.image_id, image.name, image.fetcher, image.location, image.size_bytes,
+            image.disk_format, known and known.algorithm, known and known.value,
+        )  # fmt: skip
+        row = await connection.fetchrow(
+            "INSERT INTO image AS old (image_id, name, fetcher, location, size_bytes, disk_format,"
+            "   hash_algorithm, hash_value)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7, $8)"
+            " ON CONFLICT (image_id) DO UPDATE SET name = excluded.name,"
+            "   fetcher = excluded.fetcher, location = excluded.location,"
+            "   size_bytes = excluded.size_bytes, disk_format = excluded.disk_format,"
+            "   hash_algorithm = excluded.hash_algorithm, hash_value = excluded.hash_value"
+            " WHERE (old.fetcher, old.location, old.hash_value)"
+            "     IS NOT DISTINCT FROM (excluded.fetcher, excluded.location, excluded.hash_value)"
+            "   OR NOT EXISTS (SELECT 1 FROM blob WHERE blob.image_id = old.image_id"
+            "     AND blob.state <> 'error')"
+            " RETURNING image_id",
+            *values,
+        )
+        if row is None:
+            raise ImageDiffers(
+                f"image {image.image_id} is known with another source or hash: use another id"
+            )
+
+    async def image(self, image_id: str) -> ImageRecord:
+        """The image.
+
+        Raises:
+            ImageNotFound: there is none.
+        """
+        rows = await self._images("WHERE image.image_id = $1", image_id)
+        if not rows:
+            raise ImageNotFound(f"no image {image_id}")
+        return rows[0]
+
+    async def images(self, *, limit: int, marker: str | None) -> list[ImageRecord]:
+        """Images by id, after the marker."""
+        return await self._images(
+            "WHERE $2::text IS NULL OR image.image_id > $2 ORDER BY image.image_id LIMIT $1",
+            limit,
+            marker,
+        )
+
+    async def _images(self, clause: str, *values: object) -> list[ImageRecord]:
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT image.*, blob.image_id AS blob_image, blob.blob_id, blob.state,"  # noqa: S608  the clause is ours
+                "   blob.reason, blob.seed, blob.seed_url, blob.swarm_key, blob.fetched_bytes,"
+                "   blob.size_bytes AS blob_size, blob.root, blob.verification"
+                " FROM image LEFT JOIN LATERAL (SELECT * FROM blob"
+                "   WHERE blob.image_id = image.image_id ORDER BY created_at DESC LIMIT 1) blob"
+                f" ON true {clause}",
+                *values,
+            )
+        return [
+            ImageRecord(
+                image=_image(row),
+                blob=blob_record(row, size="blob_size") if row["blob_id"] else None,
+                created_at=row["created_at"],
+            )
+            for row in rows
+        ]
+
+    # --- fetching
+
+    async def claim_fetch(
+        self, *, seed: str, seed_url: str, swarm_key: bytes, lease_seconds: float
+    ) -> FetchTask | None:
+        """An image that somebody waits for and nobody fetches, now leased to this seed.
+
+        That is one without a live blob, or one whose fetching replica has fallen silent or waits
+        to try again.
+        """
+        async with db.transaction(self._pool) as connection:
+            row = await connection.fetchrow(
+                "UPDATE blob SET seed = $1, seed_url = $2, attempts = attempts + 1,"
+                "   lease_until = now() + make_interval(secs => $3), fetched_bytes = 0"
+                " WHERE blob_id = (SELECT blob_id FROM blob WHERE state = 'fetching'"
+                "   AND lease_until < now() ORDER BY lease_until LIMIT 1 FOR UPDATE SKIP LOCKED)"
+                " RETURNING blob_id, image_id, attempts, swarm_key",
+                seed, seed_url, lease_seconds,
+            )  # fmt: skip
+            if row is None:
+                row = await connection.fetchrow(
+                    "INSERT INTO blob (blob_id, image_id, state, seed, seed_url, swarm_key,"
+                    "   lease_until)"
+                    " SELECT $5, image_id, 'fetching', $1, $2, $4,"
+                    "   now() + make_interval(secs => $3) FROM distribution d"
+                    " WHERE state = 'fetching' AND NOT EXISTS (SELECT 1 FROM blob"
+                    "   WHERE blob.image_id = d.image_id AND blob.state IN ('fetching', 'ready'))"
+                    " ORDER BY priority DESC, created_at LIMIT 1"
+                    " ON CONFLICT (image_id) WHERE state IN ('fetching', 'ready') DO NOTHING"
+                    " RETURNING blob_id, image_id, attempts, swarm_key",
+                    seed, seed_url, lease_seconds, swarm_key, uuid.uuid4(),
+                )  # fmt: skip
+            if row is None:
+                return None
+            image = await connection.fetchrow(
+                "SELECT * FROM image WHERE image_id = $1", row["image_id"]
+            )
+        assert image is not None
+        return FetchTask(
+            blob_id=BlobId(str(row["blob_id"])),
+            image=_image(image),
+            swarm_key=bytes(row["swarm_key"]),
+            attempts=row["attempts"],
+        )
+
+    async def renew_fetch(
+        self, blob_id: BlobId, *, seed: str, fetched_bytes: int, lease_seconds: float
+    ) -> bool:
+        """Whether the lease is still this seed's; it is, then, for so many seconds more."""
+        async with db.transaction(self._pool) as connection:
+            status = await connection.execute(
+                "UPDATE blob SET fetched_bytes = $3,"
+                "   lease_until = now() + make_interval(secs => $4)"
+                " WHERE blob_id = $1 AND seed = $2 AND state = 'fetching'",
+                UUID(blob_id), seed, fetched_bytes, lease_seconds,
+            )  # fmt: skip
+        return status != "UPDATE 0"
+
+    async def fetch_finished(
+        self,
+        connection: db.Connection,
+        blob_id: BlobId,
+        *,
+        seed: str,
+        manifest: Manifest,
+        verification: Verification,
+    ) -> list[DistributionId] | None:
+        """The blob is ready and the distributions that waited for it are distributing.
+
+        Returns:
+            Those distributions, or None when another replica has taken the fetch over.
+        """
+        row = await connection.fetchrow(
+            "UPDATE blob SET state = 'ready', reason = NULL, size_bytes = $3, fetched_bytes = $3,"
+            "   root = $4, manifest = $5, verification = $6, ready_at = now()"
+            " WHERE blob_id = $1 AND seed = $2 AND state = 'fetching' RETURNING image_id",
+            UUID(blob_id), seed, manifest.size_bytes, manifest.root, manifest.to_json(),
+            verification.value,
+        )  # fmt: skip
+        if row is None:
+            return None
+        rows = await connection.fetch(
+            "UPDATE distribution SET state = 'distributing', blob_id = $2, announced_at = now()"
+            " WHERE image_id = $1 AND state = 'fetching' RETURNING distribution_id",
+            row["image_id"],
+            UUID(blob_id),
+        )
+        return [DistributionId(row["distribution_id"]) for row in rows]
+
+    async def fetch_failed(
+        self,
+        blob_id: BlobId,
+        *,
+        seed: str,
+        reason: str,
+        retry_seconds: float | None,
+        messages: Sequence[Message] = (),
+    ) -> None:
+        """The fetch is tried again after a time, or, without one, it and its distributions fail."""
+        async with db.transaction(self._pool) as connection:
+            row = await connection.fetchrow(
+                "UPDATE blob SET state = CASE WHEN $4::float8 IS NULL THEN 'error'"
+                "     ELSE 'fetching' END,"
+                "   reason = $3, lease_until = now() + make_interval(secs => coalesce($4, 0))"
+                " WHERE blob_id = $1 AND seed = $2 AND state = 'fetching' RETURNING image_id",
+                UUID(blob_id), seed, reason, retry_seconds,
+            )  # fmt: skip
+            if row is None or retry_seconds is not None:
+                return
+            await connection.execute(
+                "UPDATE distribution SET state = 'error', reason = $2, finished_at = now()"
+                " WHERE image_id = $1 AND state = 'fetching'",
+                row["image_id"],
+                reason,
+            )
+            await outbox.add(connection, messages)
+
+    async def seed_blobs(self, seed: str) -> list[BlobRecord]:
+        """The complete blobs that this seed has on its disk."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT *, image_id AS blob_image FROM blob WHERE seed = $1 AND state = 'ready'",
+                seed,
+            )
+        return [blob_record(row) for row in rows]
+
+    async def seed_started(self, seed: str, seed_url: str) -> None:
+        """The seed is reached at this URL, and what it was fetching when it died may be claimed."""
+        async with db.transaction(self._pool) as connection:
+            await connection.execute(
+                "UPDATE blob SET seed_url = $2 WHERE seed = $1 AND seed_url <> $2", seed, seed_url
+            )
+            await connection.execute(
+                "UPDATE blob SET lease_until = now() WHERE seed = $1 AND state = 'fetching'"
+                "   AND lease_until > now()",
+                seed,
+            )
+
+    async def ready_blob(self, connection: db.Connection, image_id: str) -> BlobRecord:
+        """The complete blob of an image.
+
+        Raises:
+            BlobNotFound: there is none.
+        """
+        row = await connection.fetchrow(
+            "SELECT *, image_id AS blob_image FROM blob WHERE image_id = $1 AND state = 'ready'",
+            image_id,
+        )
+        if row is None:
+            raise BlobNotFound(f"no complete blob of image {image_id}")
+        return blob_record(row)
+
+    async def blob_lost(self, blob_id: BlobId, *, reason: str) -> None:
+        """The seed's copy is gone or damaged: the blob is fetched again for whoever waits for it."""
+        async with db.transaction(self._pool) as connection:
+            await connection.execute(
+                "UPDATE blob SET state = 'error', reason = $2 WHERE blob_id = $1",
+                UUID(blob_id),
+                reason,
+            )
+            await connection.execute(
+                "UPDATE distribution SET state = 'fetching', blob_id = NULL, announced_at = NULL"
+                " WHERE blob_id = $1 AND state = 'distributing'",
+                UUID(blob_id),
+            )
+
+    async def manifest(self, blob_id: UUID) -> bytes:
+        """The manifest of a complete blob.
+
+        Raises:
+            BlobNotFound: there is none.
+        """
+        async with db.connection(self._pool) as connection:
+            body = await connection.fetchval(
+                "SELECT manifest FROM blob WHERE blob_id = $1 AND state = 'ready'", blob_id
+            )
+        if body is None:
+            raise BlobNotFound(f"no complete blob {blob_id}")
+        return bytes(body)
+
+    # --- distributions
+
+    async def add_distribution(
+        self,
+        connection: db.Connection,
+        *,
+        distribution_id: DistributionId,
+        image_id: str,
+        hosts: Sequence[str] | None,
+        priority: int,
+        policy_id: PolicyId | None = None,
+    ) -> DistributionState:
+        """The image is wanted on these hosts, or on all. It is distributing if its bytes are here.
+
+        Raises:
+            ImageNotFound: nobody has named the image.
+        """
+        if await connection.fetchval("SELECT 1 FROM image WHERE image_id = $1", image_id) is None:
+            raise ImageNotFound(f"no image {image_id}: register it first, or send its source")
+        # locked, so that a fetch that ends now sees the distribution or is seen by it
+        blob_id = await connection.fetchval(
+            "SELECT blob_id FROM blob WHERE image_id = $1 AND state IN ('fetching', 'ready')"
+            " FOR SHARE",
+            image_id,
+        )
+        state = await connection.fetchval(
+            "INSERT INTO distribution (distribution_id, image_id, policy_id, hosts, priority,"
+            "   state, blob_id, announced_at)"
+            " SELECT $1, $2, $3, $4, $5, CASE WHEN ready.blob_id IS NULL THEN 'fetching'"
+            "   ELSE 'distributing' END, ready.blob_id,"
+            "   CASE WHEN ready.blob_id IS NULL THEN NULL ELSE now() END"
+            " FROM (SELECT 1) one LEFT JOIN blob ready"
+            "   ON ready.blob_id = $6 AND ready.state = 'ready'"
+            " RETURNING state",
+            distribution_id, image_id, policy_id, hosts, priority, blob_id,
+        )  # fmt: skip
+        await connection.execute(
+            "INSERT INTO distribution_host (distribution_id, host)"
+            " SELECT $1, host FROM unnest(coalesce($2::text[], (SELECT array_agg(host) FROM host)))"
+            "   AS wanted (host) ON CONFLICT DO NOTHING",
+            distribution_id,
+            hosts,
+        )
+        return DistributionState(state)
+
+    async def cancel(self, distribution_id: UUID) -> None:
+        """The distribution is over; its hosts stop fetching at their next look.
+
+        Raises:
+            DistributionNotFound: there is none.
+        """
+        async with db.transaction(self._pool) as connection:
+            status = await connection.execute(
+                "UPDATE distribution SET finished_at = coalesce(finished_at, now()),"
+                "   state = CASE WHEN state IN ('done', 'error') THEN state ELSE 'cancelled' END"
+                " WHERE distribution_id = $1",
+                distribution_id,
+            )
+        if status == "UPDATE 0":
+            raise DistributionNotFound(f"no distribution {distribution_id}")
+
+    async def distribution(self, distribution_id: UUID) -> Distribution:
+        """The distribution.
+
+        Raises:
+            DistributionNotFound: there is none.
+        """
+        rows = await self._distributions("WHERE d.distribution_id = $1", distribution_id)
+        if not rows:
+            raise DistributionNotFound(f"no distribution {distribution_id}")
+        return rows[0]
+
+    async def distributions(
+        self, *, limit: int, marker: UUID | None = None, image_id: str | None = None
+    ) -> list[Distribution]:
+        """Distributions, newest first, after the marker; of one image, if one is named."""
+        return await self._distributions(
+            "WHERE ($3::text IS NULL OR d.image_id = $3) AND ($2::uuid IS NULL"
+            "   OR (d.created_at, d.distribution_id) < (SELECT created_at, distribution_id"
+            "     FROM distribution WHERE distribution_id = $2))"
+            " ORDER BY d.created_at DESC, d.distribution_id DESC LIMIT $1",
+            limit,
+            marker,
+            image_id,
+        )
+
+    async def _distributions(self, clause: str, *values: object) -> list[Distribution]:
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT d.*, blob.size_bytes, blob.verification,"  # noqa: S608  the clause is ours
+                "   coalesce(blob.fetched_bytes, 0) AS fetched_bytes,"
+                "   coalesce(sent.by_seed, 0) AS by_seed, coalesce(sent.by_peers, 0) AS by_peers,"
+                "   coalesce(states.counts, '{}'::jsonb) AS host_states"
+                " FROM distribution d"
+                " LEFT JOIN LATERAL (SELECT * FROM blob WHERE blob.blob_id = d.blob_id"
+                "   OR (d.blob_id IS NULL AND blob.image_id = d.image_id"
+                "     AND blob.state = 'fetching') LIMIT 1) blob ON true"
+                " LEFT JOIN LATERAL (SELECT"
+                "     sum(sent_bytes) FILTER (WHERE is_seed)::bigint AS by_seed,"
+                "     sum(sent_bytes) FILTER (WHERE NOT is_seed)::bigint AS by_peers"
+                "   FROM transfer t WHERE t.distribution_id = d.distribution_id) sent ON true"
+                " LEFT JOIN LATERAL (SELECT jsonb_object_agg(state, n) AS counts FROM"
+                "   (SELECT state, count(*) AS n FROM distribution_host h"
+                "     WHERE h.distribution_id = d.distribution_id GROUP BY state) c) states ON true"
+                f" {clause}",
+                *values,
+            )
+        return [_distribution(row) for row in rows]
+
+    async def progress(self, distribution_id: UUID) -> list[HostProgress]:
+        """Every host of the distribution, by name."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT h.*, coalesce(t.sent, 0) AS sent, coalesce(t.seed, 0) AS seed,"
+                "   coalesce(t.peers, 0) AS peers, coalesce(t.wasted, 0) AS wasted"
+                " FROM distribution_host h LEFT JOIN LATERAL (SELECT"
+                "     sum(sent_bytes)::bigint AS sent,"
+                "     sum(received_from_seed_bytes)::bigint AS seed,"
+                "     sum(received_from_peers_bytes)::bigint AS peers,"
+                "     sum(wasted_bytes)::bigint AS wasted FROM transfer t"
+                "   WHERE t.distribution_id = h.distribution_id AND t.host = h.host"
+                "     AND NOT t.is_seed) t ON true"
+                " WHERE h.distribution_id = $1 ORDER BY h.host",
+                distribution_id,
+            )
+        return [
+            HostProgress(
+                host=row["host"],
+                state=row["state"],
+                reason=row["reason"],
+                pieces_done=row["pieces_done"],
+                bytes_done=row["bytes_done"],
+                sent_bytes=row["sent"],
+                received_from_seed_bytes=row["seed"],
+                received_from_peers_bytes=row["peers"],
+                wasted_bytes=row["wasted"],
+                updated_at=row["updated_at"],
+                finished_at=row["finished_at"],
+            )
+            for row in rows
+        ]
+
+    async def host_states(
+        self, connection: db.Connection, distribution_id: DistributionId
+    ) -> tuple[str, dict[str, int]]:
+        """The distribution's image, and how many of its hosts are in which state."""
+        image_id = await connection.fetchval(
+            "SELECT image_id FROM distribution WHERE distribution_id = $1", distribution_id
+        )
+        rows = await connection.fetch(
+            "SELECT state, count(*) AS n FROM distribution_host WHERE distribution_id = $1"
+            " GROUP BY state",
+            distribution_id,
+        )
+        return image_id, {row["state"]: row["n"] for row in rows}
+
+    async def count_states(self) -> dict[str, int]:
+        """How many distributions are in which state."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT state, count(*) AS n FROM distribution GROUP BY state"
+            )
+        return {row["state"]: row["n"] for row in rows}
+
+    async def announce(self, connection: db.Connection, messages: Sequence[Message]) -> None:
+        """The messages leave when the transaction commits."""
+        await outbox.add(connection, messages)
+
+    # --- policies
+
+    async def add_policy(
+        self,
+        connection: db.Connection,
+        *,
+        policy_id: PolicyId,
+        name: str,
+        lister: str,
+        options: Mapping[str, object],
+        hosts: Sequence[str] | None,
+        priority: int,
+        every_seconds: int,
+    ) -> None:
+        """The policy exists and is due.
+
+        Raises:
+            PolicyExists: one of that name does already.
+        """
+        row = await connection.fetchrow(
+            "INSERT INTO policy (policy_id, name, lister, options, hosts, priority, every_seconds)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING"
+            " RETURNING policy_id",
+            policy_id, name, lister, dict(options), hosts, priority, every_seconds,
+        )  # fmt: skip
+        if row is None:
+            raise PolicyExists(f"a policy named {name!r} exists")
+
+    async def policy(self, policy_id: UUID) -> Policy:
+        """The policy.
+
+        Raises:
+            PolicyNotFound: there is none.
+        """
+        async with db.connection(self._pool) as connection:
+            row = await connection.fetchrow("SELECT * FROM policy WHERE policy_id = $1", policy_id)
+        if row is None:
+            raise PolicyNotFound(f"no policy {policy_id}")
+        return _policy(row)
+
+    async def policies(self, *, limit: int, marker: str | None = None) -> list[Policy]:
+        """Policies by name, after the marker."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT * FROM policy WHERE $2::text IS NULL OR name > $2 ORDER BY name LIMIT $1",
+                limit,
+                marker,
+            )
+        return [_policy(row) for row in rows]
+
+    async def remove_policy(self, policy_id: UUID) -> None:
+        """The policy is gone; its distributions stay.
+
+        Raises:
+            PolicyNotFound: there is none.
+        """
+        async with db.transaction(self._pool) as connection:
+            status = await connection.execute("DELETE FROM policy WHERE policy_id = $1", policy_id)
+        if status == "DELETE 0":
+            raise PolicyNotFound(f"no policy {policy_id}")
+
+    async def run_policy_now(self, policy_id: UUID) -> None:
+        """The policy is due.
+
+        Raises:
+            PolicyNotFound: there is none.
+        """
+        async with db.transaction(self._pool) as connection:
+            status = await connection.execute(
+                "UPDATE policy SET next_run_at = now() WHERE policy_id = $1", policy_id
+            )
+        if status == "UPDATE 0":
+            raise PolicyNotFound(f"no policy {policy_id}")
+
+    async def claim_policy(self) -> Policy | None:
+        """A policy that is due, and is no longer: whoever claims it runs it."""
+        async with db.transaction(self._pool) as connection:
+            row = await connection.fetchrow(
+                "UPDATE policy SET next_run_at = now() + make_interval(secs => every_seconds),"
+                "   last_run_at = now()"
+                " WHERE policy_id = (SELECT policy_id FROM policy WHERE next_run_at <= now()"
+                "   ORDER BY next_run_at LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING *"
+            )
+        return None if row is None else _policy(row)
+
+    async def policy_ran(self, policy_id: PolicyId, *, outcome: str, detail: str) -> None:
+        """How the last run went is stored."""
+        async with db.transaction(self._pool) as connection:
+            await connection.execute(
+                "UPDATE policy SET last_outcome = $2, last_detail = $3 WHERE policy_id = $1",
+                policy_id, outcome, detail,
+            )  # fmt: skip
+
+    async def distributed_images(self, connection: db.Connection, policy_id: PolicyId) -> set[str]:
+        """The images that the policy has live distributions of."""
+        rows = await connection.fetch(
+            "SELECT DISTINCT image_id FROM distribution WHERE policy_id = $1"
+            "   AND state IN ('fetching', 'distributing', 'done')",
+            policy_id,
+        )
+        return {row["image_id"] for row in rows}
+
+
+def _image(row: asyncpg.Record) -> Image:
+    return Image(
+        image_id=ImageId(row["image_id"]),
+        fetcher=row["fetcher"],
+        location=row["location"],
+        name=row["name"],
+        size_bytes=row["size_bytes"],
+        disk_format=row["disk_format"],
+        source_hash=SourceHash(algorithm=row["hash_algorithm"], value=row["hash_value"])
+        if row["hash_value"]
+        else None,
+    )
+
+
+def blob_record(row: asyncpg.Record, *, size: str = "size_bytes") -> BlobRecord:
+    """A row of `blob`, joined under `blob_image` for its image, as a value."""
+    return BlobRecord(
+        blob_id=BlobId(str(row["blob_id"])),
+        image_id=row["blob_image"],
+        state=BlobState(row["state"]),
+        reason=row["reason"],
+        seed=row["seed"],
+        seed_url=row["seed_url"],
+        swarm_key=bytes(row["swarm_key"]),
+        fetched_bytes=row["fetched_bytes"],
+        size_bytes=row[size],
+        root=None if row["root"] is None else bytes(row["root"]),
+        verification=None if row["verification"] is None else Verification(row["verification"]),
+    )
+
+
+def _distribution(row: asyncpg.Record) -> Distribution:
+    states: dict[str, Any] = row["host_states"]
+    finished: datetime | None = row["finished_at"]
+    return Distribution(
+        distribution_id=DistributionId(row["distribution_id"]),
+        image_id=row["image_id"],
+        blob_id=None if row["blob_id"] is None else str(row["blob_id"]),
+        policy_id=None if row["policy_id"] is None else PolicyId(row["policy_id"]),
+        hosts=row["hosts"],
+        priority=row["priority"],
+        state=DistributionState(row["state"]),
+        reason=row["reason"],
+        size_bytes=row["size_bytes"],
+        fetched_bytes=row["fetched_bytes"],
+        verification=row["verification"],
+        seed_sent_bytes=row["by_seed"],
+        peers_sent_bytes=row["by_peers"],
+        host_states=states,
+        created_at=row["created_at"],
+        announced_at=row["announced_at"],
+        finished_at=finished,
+    )
+
+
+def _policy(row: asyncpg.Record) -> Policy:
+    return Policy(
+        policy_id=PolicyId(row["policy_id"]),
+        name=row["name"],
+        lister=row["lister"],
+        options=row["options"],
+        hosts=row["hosts"],
+        priority=row["priority"],
+        every_seconds=row["every_seconds"],
+        next_run_at=row["next_run_at"],
+        last_run_at=row["last_run_at"],
+        last_outcome=row["last_outcome"],
+        last_detail=row["last_detail"],
+    )

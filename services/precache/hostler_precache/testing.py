@@ -1,0 +1,265 @@
+"""What tests and benchmarks of precache stand on: sources, a gate before a seed, a lying peer, agents.
+
+All of them are real HTTP servers or real processes; none of them knows the code under test.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+from hostler_common import servers, testing
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def image_of(size: int, seed: int = 1) -> bytes:
+    """Bytes that do not compress, the same each time."""
+    return random.Random(seed).randbytes(size)  # noqa: S311  content, not a secret
+
+
+@asynccontextmanager
+async def http_server(handler: Handler, path: str = "/{path:.*}") -> AsyncIterator[str]:
+    """A server that answers everything with the handler; its address."""
+    port = servers.free_port()
+    application = web.Application()
+    application.router.add_route("*", path, handler)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        await runner.cleanup()
+
+
+@dataclass(slots=True)
+class Source:
+    """An HTTP server of image bytes. What it serves may be changed while it runs."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    break_after: int | None = None
+    hold: asyncio.Event | None = None
+
+    def add(self, name: str, data: bytes) -> str:
+        """Serve the bytes; their URL."""
+        self.files[name] = data
+        return f"{self.url}/{name}"
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer with a file, or the beginning of it and then nothing."""
+        name = request.match_info["path"]
+        self.requests.append(name)
+        if name not in self.files:
+            return web.Response(status=404)
+        body = self.files[name]
+        response = web.StreamResponse()
+        response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body[: self.break_after])
+        if self.hold is not None:
+            await self.hold.wait()
+        if self.break_after is not None and request.transport is not None:
+            request.transport.close()
+        return response
+
+
+@asynccontextmanager
+async def http_source() -> AsyncIterator[Source]:
+    """A source without images."""
+    source = Source()
+    async with http_server(source.handle) as url:
+        source.url = url
+        yield source
+
+
+@dataclass(slots=True)
+class Gate:
+    """A proxy before a seed that lets so many pieces pass, and holds the others until opened."""
+
+    port: int
+    passes: int
+    passed: int = 0
+    is_open: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Forward the request, or hold it."""
+        is_piece = not request.path.endswith("/pieces")
+        if is_piece and self.passed >= self.passes:
+            await self.is_open.wait()
+        self.passed += is_piece
+        headers = {
+            name: value
+            for name, value in request.headers.items()
+            if name in ("Authorization", "Range", "Hostler-Host")
+        }
+        url = f"http://127.0.0.1:{self.port}{request.path_qs}"
+        async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
+            wanted = ("Content-Range", "Retry-After", "ETag")
+            kept = {name: answer.headers[name] for name in wanted if name in answer.headers}
+            return web.Response(status=answer.status, headers=kept, body=await answer.read())
+
+
+@asynccontextmanager
+async def gate(port: int, *, passes: int) -> AsyncIterator[tuple[str, Gate]]:
+    """A gate before the seed at that port: its address, and itself."""
+    made = Gate(port=port, passes=passes)
+    async with http_server(made.handle) as url:
+        yield url, made
+
+
+@dataclass(slots=True)
+class Liar:
+    """A peer that says it has every piece and sends garbage of the right length."""
+
+    pieces: int
+    asked: int = 0
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer a piece map with all, and a range with zeros."""
+        if request.path.endswith("/pieces"):
+            response = web.StreamResponse()
+            await response.prepare(request)
+            line = json.dumps({"add": list(range(self.pieces))})
+            await response.write(line.encode() + b"\n")
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await asyncio.sleep(1)
+                    await response.write(b"\n")
+            return response
+        self.asked += 1
+        asked = request.http_range
+        assert asked.start is not None
+        assert asked.stop is not None
+        length = asked.stop - asked.start
+        return web.Response(
+            status=206,
+            headers={"Content-Range": f"bytes {asked.start}-{asked.stop - 1}/*"},
+            body=bytes(length),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A program of the suite in a process of its own."""
+
+    process: asyncio.subprocess.Process
+    url: str
+    directory: Path
+    log: Path
+
+    async def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+        await self.process.wait()
+
+    def events(self, name: str) -> list[dict[str, object]]:
+        """What it logged under that name."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line[:1] == "{"]
+        return [line for line in lines if line.get("event") == name]
+
+
+@asynccontextmanager
+async def agent_process(
+    host: str,
+    directory: Path,
+    *,
+    amqp_url: str,
+    precache_url: str,
+    settings: Mapping[str, object] | None = None,
+) -> AsyncIterator[Program]:
+    """An agent for the host is ready; stopped on leaving, unless it is dead already.
+
+    Images go to `directory` under their own ids. Its log is beside the directory.
+    """
+    port = servers.free_port()
+    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  a test's own directory
+    log = directory.with_name(f"{directory.name}-{port}.log")
+    own = {
+        "HOSTLER_AMQP_URL": amqp_url,
+        "HOSTLER_AUTH_MODE": "none",
+        "HOSTLER_LOG_FORMAT": "json",
+        "HOSTLER_AGENT_HOST": host,
+        "HOSTLER_AGENT_PARTS": "precache",
+        "HOSTLER_AGENT_HTTP_PORT": str(port),
+        "HOSTLER_PRECACHE_URL": precache_url,
+        "HOSTLER_PRECACHE_TARGET_DIR": str(directory),
+        "HOSTLER_PRECACHE_TARGET_TEMPLATE": "{image_id}",
+        "HOSTLER_PRECACHE_RESERVE_BYTES": "0",
+        "HOSTLER_PRECACHE_REPORT_SECONDS": "0.2",
+        **{f"HOSTLER_PRECACHE_{k.upper()}": str(v) for k, v in (settings or {}).items()},
+    }
+    url = f"http://127.0.0.1:{port}"
+    async with _program(
+        "hostler-agent", environment=own, url=url, directory=directory, log=log
+    ) as program:
+        yield program
+
+
+@asynccontextmanager
+async def service_process(
+    directory: Path,
+    *,
+    amqp_url: str,
+    database_url: str,
+    settings: Mapping[str, object] | None = None,
+) -> AsyncIterator[Program]:
+    """The precache service on a migrated database is ready; stopped on leaving, unless dead.
+
+    Images are kept in `directory`; its log is beside it.
+    """
+    port = servers.free_port()
+    log = directory.with_name(f"{directory.name}-{port}.log")
+    own = {
+        "HOSTLER_AMQP_URL": amqp_url,
+        "HOSTLER_DATABASE_URL": database_url,
+        "HOSTLER_AUTH_MODE": "none",
+        "HOSTLER_LOG_FORMAT": "json",
+        "HOSTLER_PRECACHE_HTTP_PORT": str(port),
+        "HOSTLER_PRECACHE_BLOB_PORT": str(servers.free_port()),
+        "HOSTLER_PRECACHE_DATA_DIR": str(directory),
+        "HOSTLER_PRECACHE_RESERVE_BYTES": "0",
+        **{f"HOSTLER_PRECACHE_{k.upper()}": str(v) for k, v in (settings or {}).items()},
+    }
+    url = f"http://127.0.0.1:{port}"
+    argv = ("hostler-precache", "serve")
+    async with _program(*argv, environment=own, url=url, directory=directory, log=log) as program:
+        yield program
+
+
+@asynccontextmanager
+async def _program(
+    name: str,
+    *arguments: str,
+    environment: Mapping[str, str],
+    url: str,
+    directory: Path,
+    log: Path,
+) -> AsyncIterator[Program]:
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).parent / name),
+            *arguments,
+            env={**os.environ, **environment},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        await testing.wait_ready(url)
+        yield Program(process=process, url=url, directory=directory, log=log)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()

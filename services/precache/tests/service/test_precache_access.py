@@ -1,0 +1,103 @@
+"""Who may do what, and the command line that operators do it with."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostler_common import auth, client, errors
+
+
+async def run(*argv: str) -> tuple[int, str, str]:
+    program = str(Path(sys.executable).parent / "hostler-precache")
+    process = await asyncio.create_subprocess_exec(
+        program, *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_each_role_may_do_its_own_and_no_more(precache: Any, tmp_path: Path) -> None:
+    made = {role: auth.new_token(name=f"the-{role}", role=role) for role in auth.Role}
+    file = tmp_path / "tokens"
+    file.write_text("\n".join(line for _, line in made.values()))
+    calls = {
+        "read": ("GET", "/v1/distributions", None, 200),
+        "operate": ("POST", "/v1/images", {"image_id": "x"}, 201),
+        "ask": ("GET", "/v1/desired", None, 200),
+        "tell": (
+            "PUT",
+            "/v1/hosts/a/report",
+            {"url": "http://a:1", "session_id": "5a0e1d0e-0000-4000-8000-000000000001"},
+            200,
+        ),
+    }
+    allowed = {
+        auth.Role.READER: {"read"},
+        auth.Role.AGENT: {"ask", "tell"},
+        auth.Role.OPERATOR: set(calls),
+        auth.Role.ADMIN: set(calls),
+    }
+    async with precache(auth_mode="token", auth_tokens_file=file) as service:
+        for role, (token, _) in made.items():
+            async with client.open_api(service.url, token=token) as api:
+                done = set()
+                for name, (method, path, body, _) in calls.items():
+                    try:
+                        await api.call(method, path, params={"host": "a"}, body=body)
+                        done.add(name)
+                    except errors.Forbidden:
+                        continue
+                assert (role, done) == (role, allowed[role])
+        for method, path, body, _ in calls.values():
+            with pytest.raises(errors.Unauthenticated):
+                await service.api.call(method, path, body=body)
+
+
+async def test_the_command_line_distributes_watches_and_lists(
+    precache: Any, start_agent: Any, source: Any, make_image: Any, tmp_path: Path
+) -> None:
+    data = make_image(1 << 20)
+    async with precache() as service:
+        await start_agent("host-1", service.url)
+        at = ("--url", service.url)
+        location = source.add("image", data)
+        code, out, err = await run(
+            "distribute", "golden", "--host", "host-1", "--location", location, "--watch",
+            "--json", *at,
+        )  # fmt: skip
+        assert (code, err) == (0, "")
+        answer = json.loads(out)
+        assert answer["progress"][0]["state"] == "cached"
+        code, out, _ = await run("status", answer["distribution_id"], "--watch", *at)
+        assert code == 0
+        assert "golden: done; sent by the seed 1.0 MiB" in out
+        code, out, _ = await run("status", *at)
+        assert "golden" in out
+        code, out, _ = await run("hosts", "--json", *at)
+        assert [host["host"] for host in json.loads(out)["hosts"]] == ["host-1"]
+        code, out, err = await run("distribute", "unknown", *at)
+        assert code == 1
+        assert "precache.image.not_found" in err
+
+
+async def test_a_wrong_setting_is_named_and_its_value_is_not(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).parent / "hostler-precache"),
+        "serve",
+        env={
+            "HOSTLER_AMQP_URL": "amqp://guest:secret@127.0.0.1:1/",
+            "HOSTLER_AUTH_MODE": "none",
+            "HOSTLER_PRECACHE_UPLOAD_SLOTS": "s3cret",
+        },
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 2
+    text = err.decode()
+    assert "HOSTLER_PRECACHE_UPLOAD_SLOTS" in text
+    assert "HOSTLER_PRECACHE_DATABASE_URL: is not set" in text
+    assert "s3cret" not in text

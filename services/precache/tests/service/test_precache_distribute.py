@@ -1,0 +1,425 @@
+"""List, Fetch, Serve, Distribute, on a real broker and database, with real agents."""
+
+import json
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import parse_qsl
+
+import aiohttp
+import pytest
+
+from hostler_common import errors, testing
+
+MIB = 1 << 20
+Over = Callable[..., Awaitable[dict[str, Any]]]
+
+
+@pytest.fixture
+def data(make_image: Any) -> bytes:
+    image: bytes = make_image(6 * MIB + 4321)
+    return image
+
+
+async def counted(api: Any, distribution_id: str, total: int) -> dict[str, Any]:
+    """The distribution, once its senders have told all that they sent."""
+
+    async def told() -> dict[str, Any] | None:
+        answer: dict[str, Any] = await api.get(f"/v1/distributions/{distribution_id}")
+        sent = answer["seed_sent_bytes"] + answer["peers_sent_bytes"]
+        return answer if sent >= total else None
+
+    found: dict[str, Any] = await testing.eventually(told)
+    return found
+
+
+async def test_an_image_reaches_three_hosts_and_the_seed_sends_each_piece_once(
+    precache: Any, start_agent: Any, source: Any, make_image: Any, request_of: Any, over: Over,
+    image_id: str,
+) -> None:  # fmt: skip
+    data = make_image(20 * MIB + 4321)
+    async with precache() as service:
+        hosts = [f"host-{number}" for number in range(3)]
+        places = [await start_agent(host, service.url) for host in hosts]
+        body = request_of(image_id, source.add("image", data), data, hosts=hosts)
+        made = await service.api.post("/v1/distributions", body)
+        assert made["state"] == "fetching"
+        answer = await over(service.api, made["distribution_id"])
+        assert answer["state"] == "done"
+        assert answer["host_states"] == {"cached": 3}
+        assert answer["verification"] == "hash"
+        for place in places:
+            assert (place / image_id).read_bytes() == data
+            assert list((place / ".precache").iterdir()) == []
+        answer = await counted(service.api, made["distribution_id"], 3 * len(data))
+        assert answer["seed_sent_bytes"] == len(data)
+        assert answer["peers_sent_bytes"] == 2 * len(data)
+        assert sum(host["sent_bytes"] for host in answer["progress"]) == 2 * len(data)
+        assert sum(host["wasted_bytes"] for host in answer["progress"]) == 0
+        assert source.requests == ["image"]
+
+
+async def test_a_second_distribution_and_a_late_host_fetch_nothing_from_the_source(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str,
+) -> None:  # fmt: skip
+    async with precache() as service:
+        await start_agent("host-1", service.url)
+        body = request_of(image_id, source.add("image", data), data)
+        first = await service.api.post("/v1/distributions", body)
+        await over(service.api, first["distribution_id"])
+        place = await start_agent("late", service.url)
+
+        async def has_it() -> bool:
+            return bool((place / image_id).exists())
+
+        await testing.eventually(has_it)
+        answer = await over(service.api, first["distribution_id"])
+        assert answer["host_states"] == {"cached": 2}
+        second = await service.api.post("/v1/distributions", {"image_id": image_id})
+        assert second["state"] == "distributing"
+        answer = await over(service.api, second["distribution_id"])
+        assert answer["host_states"] == {"cached": 2}
+        assert source.requests == ["image"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ({"os_hash_value": "0" * 128}, "source.hash_mismatch"),
+        ({"size_bytes": 5}, "source.size_mismatch"),
+        ({"location": "http://127.0.0.1:1/none"}, "source.unreachable"),
+        ({"location": "file:///etc/passwd"}, "source.invalid"),
+        ({"fetcher": "file", "location": "/etc/passwd"}, "source.forbidden"),
+        ({"fetcher": "glance"}, "source.not_configured"),
+    ],
+)
+async def test_an_image_that_is_not_what_its_source_says_is_never_served(
+    precache: Any, source: Any, data: bytes, request_of: Any, over: Over, image_id: str,
+    damage: dict[str, Any], reason: str, tmp_path: Any,
+) -> None:  # fmt: skip
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    body["image"] |= damage
+    async with precache(fetch_attempts=1) as service:
+        made = await service.api.post("/v1/distributions", body)
+        answer = await over(service.api, made["distribution_id"])
+        assert answer["state"] == "error"
+        assert answer["reason"].startswith(reason)
+        assert (await service.api.get("/v1/desired", host="host-1")) == {"images": []}
+        assert not (tmp_path / "seed").exists() or list((tmp_path / "seed").iterdir()) == []
+
+
+async def test_a_source_that_breaks_off_is_asked_again(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str,
+) -> None:  # fmt: skip
+    source.break_after = MIB
+    async with precache() as service:
+        place = await start_agent("host-1", service.url)
+        body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+        made = await service.api.post("/v1/distributions", body)
+
+        async def failed_once() -> bool:
+            image = await service.api.get(f"/v1/images/{image_id}")
+            return str(image["reason"]).startswith("source.truncated")
+
+        await testing.eventually(failed_once)
+        source.break_after = None
+        answer = await over(service.api, made["distribution_id"])
+        assert answer["host_states"] == {"cached": 1}
+        assert (place / image_id).read_bytes() == data
+
+
+async def test_an_image_without_a_hash_is_distributed_and_marked(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str,
+) -> None:  # fmt: skip
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    del body["image"]["os_hash_algo"], body["image"]["os_hash_value"]
+    async with precache() as service:
+        await start_agent("host-1", service.url)
+        made = await service.api.post("/v1/distributions", body)
+        answer = await over(service.api, made["distribution_id"])
+        assert (answer["state"], answer["verification"]) == ("done", "unverifiable")
+
+
+async def test_an_empty_image_is_an_image(
+    precache: Any, start_agent: Any, source: Any, request_of: Any, over: Over, image_id: str
+) -> None:
+    body = request_of(image_id, source.add("image", b""), b"", hosts=["host-1"])
+    async with precache() as service:
+        place = await start_agent("host-1", service.url)
+        made = await service.api.post("/v1/distributions", body)
+        assert (await over(service.api, made["distribution_id"]))["host_states"] == {"cached": 1}
+        assert (place / image_id).read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("settings", "prepare", "state", "reason"),
+    [
+        ({}, "same", "existing", None),
+        ({}, "other", "error", "target.differs"),
+        ({"replace_differing": True}, "other", "cached", None),
+        ({"unsupported_reason": "images_type is rbd"}, None, "unsupported", "images_type is rbd"),
+        ({"max_image_bytes": 1000}, None, "skipped", "image.too_large"),
+        ({"reserve_bytes": 2**60}, None, "error", "storage.no_space"),
+        ({"target_template": "{sha1}"}, None, "cached", None),
+    ],
+)
+async def test_every_outcome_of_a_host_has_its_word_and_reason(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    settings: dict[str, Any], prepare: str | None, state: str, reason: str | None, tmp_path: Any,
+) -> None:  # fmt: skip
+    image_id, place = "debian-12", tmp_path / "host-1"
+    place.mkdir()
+    if prepare is not None:
+        (place / image_id).write_bytes(data if prepare == "same" else b"somebody's file")
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    async with precache() as service:
+        await start_agent("host-1", service.url, **settings)
+        made = await service.api.post("/v1/distributions", body)
+        answer = await over(service.api, made["distribution_id"])
+        (host,) = answer["progress"]
+        assert host["state"] == state
+        assert host["reason"] is None if reason is None else host["reason"].startswith(reason)
+        if state == "cached":
+            name = image_id if "target_template" not in settings else _NOVA_NAME
+            assert (place / name).read_bytes() == data
+        if prepare == "other" and state == "error":
+            assert (place / image_id).read_bytes() == b"somebody's file"
+
+
+# sha1 of "debian-12", as nova/virt/libvirt/imagecache.py makes it
+_NOVA_NAME = "90f087a90d3b1a14d0c5959a5c3cecab313c7cd1"
+
+
+async def test_a_cancelled_distribution_is_not_wanted_any_more(
+    precache: Any, source: Any, data: bytes, request_of: Any, image_id: str
+) -> None:
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    async with precache() as service:
+        made = await service.api.post("/v1/distributions", body)
+
+        async def wanted() -> list[Any]:
+            answer = await service.api.get("/v1/desired", host="host-1")
+            images: list[Any] = answer["images"]
+            return images
+
+        await testing.eventually(wanted)
+        await service.api.delete(f"/v1/distributions/{made['distribution_id']}")
+        assert await wanted() == []
+        answer = await service.api.get(f"/v1/distributions/{made['distribution_id']}")
+        assert answer["state"] == "cancelled"
+
+
+async def test_a_restarted_seed_serves_what_it_had_without_asking_the_source(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str,
+) -> None:  # fmt: skip
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    async with precache() as service:
+        await service.api.post("/v1/distributions", body)
+
+        async def is_ready() -> bool:
+            return bool((await service.api.get(f"/v1/images/{image_id}"))["state"] == "ready")
+
+        await testing.eventually(is_ready)
+    async with precache() as service:
+        place = await start_agent("host-1", service.url)
+        (listed,) = (await service.api.get("/v1/distributions"))["distributions"]
+        await over(service.api, listed["distribution_id"])
+        assert (place / image_id).read_bytes() == data
+        assert source.requests == ["image"]
+
+
+async def test_a_seed_whose_file_was_damaged_fetches_it_again(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str, tmp_path: Any,
+) -> None:  # fmt: skip
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    async with precache() as service:
+        await service.api.post("/v1/distributions", body)
+
+        async def is_ready() -> bool:
+            return bool((await service.api.get(f"/v1/images/{image_id}"))["state"] == "ready")
+
+        await testing.eventually(is_ready)
+    (file,) = (tmp_path / "seed").iterdir()
+    fd = os.open(file, os.O_WRONLY)
+    os.pwrite(fd, b"damage", 3 * MIB)
+    os.close(fd)
+    async with precache() as service:
+        place = await start_agent("host-1", service.url)
+        (listed,) = (await service.api.get("/v1/distributions"))["distributions"]
+        answer = await over(service.api, listed["distribution_id"])
+        assert answer["host_states"] == {"cached": 1}
+        assert (place / image_id).read_bytes() == data
+        assert source.requests == ["image", "image"]
+
+
+async def test_a_restarted_agent_says_again_what_it_has(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str, tmp_path: Any,
+) -> None:  # fmt: skip
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    async with precache() as service:
+        place = await start_agent("host-1", service.url)
+        made = await service.api.post("/v1/distributions", body)
+        await over(service.api, made["distribution_id"])
+        before = (place / image_id).stat().st_ino
+        await start_agent("host-2", service.url, target_dir=place)
+        second = await service.api.post(
+            "/v1/distributions", {"image_id": image_id, "hosts": ["host-1", "host-2"]}
+        )
+        answer = await over(service.api, second["distribution_id"])
+        states = {host["host"]: host["state"] for host in answer["progress"]}
+        assert states == {"host-1": "cached", "host-2": "existing"}
+        assert (place / image_id).stat().st_ino == before
+
+
+async def test_an_idempotency_key_makes_one_distribution(
+    precache: Any, source: Any, data: bytes, request_of: Any, image_id: str
+) -> None:
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    async with precache() as service:
+        replies = [
+            await service.api.post("/v1/distributions", body, idempotency_key="key-1")
+            for _ in range(3)
+        ]
+        assert replies[0] == replies[1] == replies[2]
+        assert len((await service.api.get("/v1/distributions"))["distributions"]) == 1
+
+
+async def test_a_policy_distributes_what_its_lister_names_once(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over
+) -> None:
+    images = [request_of(name, source.add(name, data), data)["image"] for name in ("one", "two")]
+    policy = {"name": "golden", "options": {"images": images}, "every_seconds": 1}
+    async with precache() as service:
+        place = await start_agent("host-1", service.url)
+        made = await service.api.post("/v1/policies", policy)
+
+        async def ran_twice() -> Any:
+            shown = await service.api.get(f"/v1/policies/{made['policy_id']}")
+            return shown if shown["last_detail"] == "2 images, 0 new" else None
+
+        shown = await testing.eventually(ran_twice)
+        assert shown["last_outcome"] == "ok"
+        listed = (await service.api.get("/v1/distributions"))["distributions"]
+        assert sorted(one["image_id"] for one in listed) == ["one", "two"]
+        for one in listed:
+            assert (await over(service.api, one["distribution_id"]))["state"] == "done"
+        assert (place / "one").read_bytes() == (place / "two").read_bytes() == data
+        await service.api.delete(f"/v1/policies/{made['policy_id']}")
+        with pytest.raises(errors.NotFound):
+            await service.api.get(f"/v1/policies/{made['policy_id']}")
+
+
+async def test_a_policy_with_wrong_options_says_what_is_wrong(precache: Any) -> None:
+    async with precache() as service:
+        made = await service.api.post(
+            "/v1/policies", {"name": "bad", "options": {"images": [{"image_id": "../x"}]}}
+        )
+
+        async def failed() -> Any:
+            shown = await service.api.get(f"/v1/policies/{made['policy_id']}")
+            return shown if shown["last_outcome"] == "failed" else None
+
+        shown = await testing.eventually(failed)
+        assert "images.0.image_id" in shown["last_detail"]
+
+
+STORIES = [
+    ("GET", "/v1/distributions/5a0e1d0e-0000-4000-8000-000000000001", None, 404,
+     "precache.distribution.not_found"),
+    ("DELETE", "/v1/distributions/5a0e1d0e-0000-4000-8000-000000000001", None, 404,
+     "precache.distribution.not_found"),
+    ("GET", "/v1/images/none", None, 404, "precache.image.not_found"),
+    ("GET", "/v1/blobs/5a0e1d0e-0000-4000-8000-000000000001/manifest", None, 404,
+     "precache.blob.not_found"),
+    ("POST", "/v1/distributions", {"image_id": "unknown"}, 404, "precache.image.not_found"),
+    ("POST", "/v1/distributions", {"image_id": "../../etc/passwd"}, 422, "request.invalid"),
+    ("POST", "/v1/distributions", {"image_id": "x", "hosts": []}, 422, "request.invalid"),
+    ("POST", "/v1/distributions", {"image_id": "x", "hosts": ["a/b"]}, 422, "request.invalid"),
+    ("POST", "/v1/distributions", {"image_id": "x", "other": 1}, 422, "request.invalid"),
+    ("POST", "/v1/distributions",
+     {"image_id": "x", "image": {"image_id": "y"}}, 422, "request.invalid"),
+    ("POST", "/v1/images", {"image_id": "x", "fetcher": "ftp"}, 422, "precache.plugin.unknown"),
+    ("POST", "/v1/images", {"image_id": "x", "os_hash_algo": "crc32", "os_hash_value": "00"},
+     422, "request.invalid"),
+    ("POST", "/v1/images", {"image_id": "x", "os_hash_algo": "sha512", "os_hash_value": "00"},
+     422, "request.invalid"),
+    ("POST", "/v1/policies", {"name": "p", "lister": "none"}, 422, "precache.plugin.unknown"),
+    ("POST", "/v1/policies", {"name": "p", "every_seconds": 0}, 422, "request.invalid"),
+    ("PUT", "/v1/hosts/a%2Fb/report", {}, 404, "http.404"),
+    ("PUT", "/v1/hosts/a/report", {"url": "ftp://x", "session_id": "x"}, 422, "request.invalid"),
+    ("GET", "/v1/desired?host=..%2F", None, 422, "request.invalid"),
+    ("GET", "/v1/hosts?limit=0", None, 422, "request.invalid"),
+]  # fmt: skip
+
+
+async def test_bad_requests_get_a_problem_with_a_stable_code(precache: Any) -> None:
+    async with precache() as service:
+        for method, path, body, status, code in STORIES:
+            bare, _, query = path.partition("?")
+            with pytest.raises(errors.HostlerError) as caught:
+                await service.api.call(method, bare, params=dict(parse_qsl(query)), body=body)
+            assert (method, path, caught.value.status, caught.value.code) == (
+                method, path, status, code,
+            )  # fmt: skip
+
+
+async def test_an_image_cannot_become_another_under_its_id(
+    precache: Any, source: Any, data: bytes, request_of: Any, image_id: str
+) -> None:
+    async with precache() as service:
+        body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+        await service.api.post("/v1/distributions", body)
+
+        async def is_ready() -> bool:
+            return bool((await service.api.get(f"/v1/images/{image_id}"))["state"] == "ready")
+
+        await testing.eventually(is_ready)
+        other = request_of(image_id, source.add("other", b"other"), b"other")
+        with pytest.raises(errors.Conflict) as caught:
+            await service.api.post("/v1/distributions", other)
+        assert caught.value.code == "precache.image.differs"
+
+
+async def test_a_watcher_sees_progress_and_the_end(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, image_id: str
+) -> None:
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    async with precache() as service, aiohttp.ClientSession() as session:
+        await start_agent("host-1", service.url)
+        made = await service.api.post("/v1/distributions", body)
+        url = f"{service.url}/v1/distributions/{made['distribution_id']}/events"
+        async with session.get(url) as response:
+            assert response.content_type == "text/event-stream"
+            lines = (await response.text()).splitlines()
+        events = [line.removeprefix("event: ") for line in lines if line.startswith("event")]
+        last = json.loads([line for line in lines if line.startswith("data")][-2][6:])
+        assert events[-1] == "end"
+        assert set(events[:-1]) == {"progress"}
+        assert last["progress"][0]["bytes_done"] == len(data)
+
+
+async def test_the_pages_show_distributions_hosts_and_policies(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str,
+) -> None:  # fmt: skip
+    body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+    async with precache() as service:
+        await start_agent("host-1", service.url)
+        made = await service.api.post("/v1/distributions", body)
+        await over(service.api, made["distribution_id"])
+        overview = await service.api.get("/")
+        assert image_id in overview
+        assert "host-1" in overview
+        page = await service.api.get(f"/distributions/{made['distribution_id']}")
+        assert "cached" in page
+        assert f'value="{len(data)}"' in page
+        (host,) = (await service.api.get("/v1/hosts"))["hosts"]
+        assert (host["host"], host["images"]) == ("host-1", 1)
+        metrics = await service.api.get("/metrics")
+        assert f"precache_seed_sent_bytes_total {float(len(data)):.6e}" in metrics

@@ -1,0 +1,229 @@
+"""The decisions of the swarm hold whatever the order of events."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from hostler_precache import swarm
+
+PIECES = st.integers(min_value=0, max_value=2**40 - 1)
+
+
+@given(st.sets(st.integers(min_value=0, max_value=500)))
+def test_a_set_of_pieces_gives_back_its_members(pieces: set[int]) -> None:
+    assert list(swarm.members(swarm.bits(pieces))) == sorted(pieces)
+
+
+@given(st.sets(st.integers(min_value=0, max_value=200), min_size=1), st.randoms())
+def test_choose_returns_a_member(pieces: set[int], rng: random.Random) -> None:
+    assert swarm.choose(swarm.bits(pieces), rng) in pieces
+
+
+def test_choose_prefers_nobody() -> None:
+    rng = random.Random(7)
+    pieces = [0, 1, 63, 64, 900]
+    drawn = [swarm.choose(swarm.bits(pieces), rng) for _ in range(5000)]
+    assert all(800 < drawn.count(piece) < 1200 for piece in pieces)
+
+
+@given(PIECES, st.integers(min_value=40, max_value=90))
+def test_a_piece_map_comes_back_from_the_wire_as_it_was(pieces: int, count: int) -> None:
+    assert swarm.from_hex(swarm.to_hex(pieces, count), count) == pieces
+
+
+@pytest.mark.parametrize("text", ["", "0", "000", "-1", "+1", "1_", "0x", "zz", " 1", "20"])
+def test_a_bad_piece_map_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        swarm.from_hex(text, 5)
+
+
+class PickerMachine(RuleBasedStateMachine):
+    """Whatever happens, the picker picks what is missing and the neighbour has."""
+
+    count = 40
+
+    @initialize(have=PIECES, seed=st.integers())
+    def start(self, have: int, seed: int) -> None:
+        self.have = set(swarm.members(have))
+        self.flying: set[int] = set()
+        self.maps: dict[str, set[int]] = {}
+        self.rng = random.Random(seed)
+        self.picker = swarm.Picker(self.count, have=have, window=10)
+
+    @rule(name=st.sampled_from("abc"), pieces=PIECES)
+    def hears(self, name: str, pieces: int) -> None:
+        self.maps.setdefault(name, set()).update(swarm.members(pieces))
+        self.picker.neighbour_has(name, pieces)
+
+    @rule(name=st.sampled_from("abc"))
+    def loses(self, name: str) -> None:
+        self.maps.pop(name, None)
+        self.picker.forget_neighbour(name)
+
+    @rule(name=st.sampled_from("abc"), piece=st.integers(min_value=0, max_value=39))
+    def is_refused(self, name: str, piece: int) -> None:
+        self.maps.get(name, set()).discard(piece)
+        self.picker.neighbour_lacks(name, piece)
+
+    @rule(name=st.sampled_from("abc"))
+    def picks(self, name: str) -> None:
+        wanted = self.maps.get(name, set()) - self.have - self.flying
+        piece = self.picker.pick(name, self.rng)
+        if piece is None:
+            assert not wanted
+            return
+        assert piece in wanted
+        first = min(set(range(self.count)) - self.have)
+        near = {other for other in wanted if other < first + 10} or wanted
+        copies = {other: sum(other in pieces for pieces in self.maps.values()) for other in near}
+        assert copies[piece] == min(copies.values())
+        self.flying.add(piece)
+
+    @rule(good=st.booleans())
+    def lands(self, good: bool) -> None:
+        if self.flying:
+            piece = self.flying.pop()
+            if good:
+                self.have.add(piece)
+                self.picker.received(piece)
+            else:
+                self.picker.failed(piece)
+
+    @invariant()
+    def it_knows_what_it_has_and_what_nobody_has(self) -> None:
+        assert set(swarm.members(self.picker.have)) == self.have
+        anywhere = set().union(*self.maps.values())
+        orphans = set(range(self.count)) - self.have - self.flying - anywhere
+        assert set(swarm.members(self.picker.orphans())) == orphans
+        assert self.picker.is_complete == (len(self.have) == self.count)
+
+
+TestPicker = PickerMachine.TestCase
+TestPicker.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_ties_are_broken_at_random() -> None:
+    firsts = set()
+    for seed in range(40):
+        picker = swarm.Picker(64)
+        picker.neighbour_has("a", 2**64 - 1)
+        firsts.add(picker.pick("a", random.Random(seed)))
+    assert len(firsts) > 15
+
+
+@given(
+    asks=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2)), max_size=80),
+    count=st.integers(min_value=0, max_value=20),
+)
+def test_the_seed_sends_each_piece_once_in_file_order(
+    asks: list[tuple[str, int]], count: int
+) -> None:
+    seed = swarm.SeedPolicy(count)
+    given_out = []
+    for now, (host, _) in enumerate(asks):
+        piece = seed.next(host, float(now))
+        if piece is not None:
+            seed.completed(piece, float(now))
+            given_out.append(piece)
+    assert given_out == list(range(min(count, len(asks))))
+    assert seed.is_injected == (len(asks) >= count)
+
+
+def test_a_sending_that_broke_off_makes_the_piece_next_again() -> None:
+    seed = swarm.SeedPolicy(3)
+    assert [seed.next("a", 0.0), seed.next("b", 0.0)] == [0, 1]
+    seed.failed(0, "a")
+    assert [seed.next("b", 1.0), seed.next("b", 1.0), seed.next("b", 1.0)] == [0, 2, None]
+
+
+def test_a_break_does_not_bring_back_a_piece_that_has_left_once() -> None:
+    seed = swarm.SeedPolicy(1)
+    assert seed.next("a", 0.0) == 0
+    seed.completed(0, 1.0)
+    assert seed.may_send(0, "a", 2.0, spread_seconds=5)
+    seed.failed(0, "a")
+    assert seed.is_injected
+    assert seed.next("b", 3.0) is None
+
+
+def test_a_second_copy_leaves_only_when_the_first_had_time_to_spread() -> None:
+    seed = swarm.SeedPolicy(2)
+    assert seed.next("a", 0.0) == 0
+    seed.completed(0, 10.0)
+    assert not seed.may_send(0, "b", 11.0, spread_seconds=5)
+    assert seed.may_send(0, "a", 11.0, spread_seconds=5)
+    seed.completed(0, 11.0)
+    assert seed.may_send(0, "b", 16.0, spread_seconds=5)
+    assert not seed.may_send(0, "c", 16.5, spread_seconds=5)
+
+
+def test_a_piece_that_is_not_verified_is_not_sent() -> None:
+    seed = swarm.SeedPolicy(4, available=0b0010)
+    assert not seed.may_send(0, "a", 0.0, spread_seconds=0)
+    assert seed.next("a", 0.0) == 1
+    assert seed.next("a", 0.0) is None
+    seed.add(0b1101)
+    assert [seed.next("a", 0.0) for _ in range(4)] == [0, 2, 3, None]
+
+
+def test_slots_and_places_are_bounded() -> None:
+    slots = swarm.UploadSlots(2, queue=1)
+    assert [slots.take(), slots.take(), slots.take()] == [True, True, False]
+    assert [slots.enqueue(), slots.enqueue()] == [True, False]
+    slots.give_back()
+    slots.dequeue()
+    assert [slots.take(), slots.enqueue(), slots.active] == [True, True, 2]
+
+
+def reachable(graph: dict[str, list[str]]) -> set[str]:
+    reached: set[str] = set()
+    edge = {min(graph)}
+    while edge:
+        reached |= edge
+        edge = {other for host in edge for other in graph[host]} - reached
+    return reached
+
+
+@given(
+    st.sets(st.text(alphabet="abcdef0123", min_size=1, max_size=4), min_size=1, max_size=60),
+    st.integers(min_value=2, max_value=12),
+)
+@settings(deadline=None)
+def test_the_graph_is_symmetric_connected_and_of_bounded_degree(
+    hosts: set[str], degree: int
+) -> None:
+    graph = {host: swarm.neighbours(host, hosts, key="k", degree=degree) for host in hosts}
+    for host, others in graph.items():
+        assert host not in others
+        assert len(others) <= degree
+        assert all(host in graph[other] for other in others)
+    assert reachable(graph) == hosts
+
+
+def test_one_more_host_leaves_most_of_the_graph_as_it_was() -> None:
+    hosts = [f"host-{number}" for number in range(200)]
+    before = {host: swarm.neighbours(host, hosts, key="k") for host in hosts}
+    after = {host: swarm.neighbours(host, [*hosts, "late"], key="k") for host in hosts}
+    changed = [host for host in hosts if before[host] != after[host]]
+    assert len(changed) <= 10
+
+
+def test_with_racks_most_neighbours_are_inside_and_none_is_cut_off() -> None:
+    racks = {f"host-{number}": f"rack-{number // 20}" for number in range(160)}
+    graph = {host: swarm.neighbours(host, racks, key="k", racks=racks) for host in racks}
+    inside = {
+        host: [other for other in others if racks[other] == racks[host]]
+        for host, others in graph.items()
+    }
+    assert all(4 <= len(others) <= 10 for others in inside.values())
+    assert all(len(graph[host]) - len(inside[host]) <= 2 for host in racks)
+    assert reachable(graph) == set(racks)
+
+
+def test_a_timeout_follows_the_peer() -> None:
+    assert swarm.timeout_seconds([], floor=5) == 5
+    assert swarm.timeout_seconds([0.1] * 9, floor=5) == 5
+    assert swarm.timeout_seconds([4.0] * 9, floor=5) == 16

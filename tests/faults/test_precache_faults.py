@@ -1,0 +1,197 @@
+"""Processes and servers die under precache: nothing half-written shows, and all ends as it should."""
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from hostler_common import client, db, servers
+from hostler_common.testing import RunService, eventually
+from hostler_precache import app, testing
+from hostler_precache.settings import Settings
+
+MIB = 1 << 20
+DATA = testing.image_of(12 * MIB + 99)
+PIECES = 49
+
+
+def request(image_id: str, url: str, hosts: list[str]) -> dict[str, Any]:
+    image = {
+        "image_id": image_id,
+        "location": url,
+        "os_hash_algo": "sha512",
+        "os_hash_value": hashlib.sha512(DATA).hexdigest(),
+    }
+    return {"image_id": image_id, "hosts": hosts, "image": image}
+
+
+async def ended(api: client.Api, distribution_id: str) -> Mapping[str, Any]:
+    async def over() -> Mapping[str, Any] | None:
+        answer = await api.get(f"/v1/distributions/{distribution_id}")
+        return answer if answer["state"] in ("done", "error") else None
+
+    found: Mapping[str, Any] = await eventually(over, seconds=60)
+    return found
+
+
+def placed(agent: testing.Program, image_id: str) -> bool:
+    file = agent.directory / image_id
+    return file.exists() and file.read_bytes() == DATA
+
+
+def _service(
+    seed: Path, amqp_url: str, database_url: str
+) -> AbstractAsyncContextManager[testing.Program]:
+    return testing.service_process(seed, amqp_url=amqp_url, database_url=database_url)
+
+
+async def test_a_service_killed_while_it_fetches_fetches_again_and_serves_nothing_half(
+    amqp_url: str, database_url: str, tmp_path: Path
+) -> None:
+    await db.migrate(database_url, schema="precache", package=app.PACKAGE)
+    image_id, seed = str(uuid.uuid4()), tmp_path / "seed"
+    async with testing.http_source() as source:
+        source.break_after, source.hold = 3 * MIB, asyncio.Event()
+        async with _service(seed, amqp_url, database_url) as first:
+            async with client.open_api(first.url) as api:
+                body = request(image_id, source.add("image", DATA), ["host-1"])
+                made = await api.post("/v1/distributions", body)
+
+                async def half_way() -> bool:
+                    image = await api.get(f"/v1/images/{image_id}")
+                    return bool(image["fetched_bytes"] > MIB)
+
+                await eventually(half_way)
+            await first.kill()
+        assert [file.suffix for file in seed.iterdir()] == [".part"]
+        source.break_after = None
+        source.hold.set()
+        async with (
+            _service(seed, amqp_url, database_url) as second,
+            client.open_api(second.url) as api,
+            testing.agent_process(
+                "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=second.url
+            ) as agent,
+        ):
+            answer = await ended(api, made["distribution_id"])
+            assert answer["host_states"] == {"cached": 1}
+            assert placed(agent, image_id)
+            assert len(list(seed.iterdir())) == 1
+
+
+async def test_a_swarm_finishes_without_its_tracker(
+    run_service: RunService, amqp_url: str, tmp_path: Path
+) -> None:
+    image_id, port = str(uuid.uuid4()), servers.free_port()
+    is_up = True
+
+    async with (
+        testing.http_source() as source,
+        testing.gate(port, passes=PIECES // 2) as (seed_url, gate),
+        run_service(
+            app.serve,
+            Settings,
+            app.PACKAGE,
+            data_dir=tmp_path / "seed",
+            blob_port=port,
+            seed_url=seed_url,
+            reserve_bytes=0,
+            log_level="WARNING",
+        ) as service,
+        aiohttp.ClientSession() as session,
+    ):
+
+        async def forward(request: web.Request) -> web.StreamResponse:
+            if not is_up and request.transport is not None:
+                request.transport.abort()
+            url, body = service.url + request.path_qs, await request.read()
+            kind = {"Content-Type": "application/json"}
+            async with session.request(request.method, url, data=body, headers=kind) as answer:
+                return web.json_response(body=await answer.read(), status=answer.status)
+
+        async with (
+            testing.http_server(forward) as tracker_url,
+            testing.agent_process(
+                "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=tracker_url
+            ) as one,
+            testing.agent_process(
+                "host-2", tmp_path / "host-2", amqp_url=amqp_url, precache_url=tracker_url
+            ) as two,
+        ):
+            body = request(image_id, source.add("image", DATA), ["host-1", "host-2"])
+            made = await service.api.post("/v1/distributions", body)
+
+            async def half_way() -> bool:
+                path = f"/v1/distributions/{made['distribution_id']}"
+                hosts = (await service.api.get(path))["progress"]
+                return all(host["pieces_done"] >= PIECES // 2 for host in hosts)
+
+            await eventually(half_way)
+            is_up = False
+
+            async def is_noticed() -> bool:
+                return bool(one.events("report_failed") and two.events("report_failed"))
+
+            await eventually(is_noticed)
+            gate.is_open.set()
+
+            async def both_have_it() -> bool:
+                return placed(one, image_id) and placed(two, image_id)
+
+            await eventually(both_have_it)
+            is_up = True
+            answer = await ended(service.api, made["distribution_id"])
+            assert answer["host_states"] == {"cached": 2}
+
+
+async def test_what_is_asked_for_while_the_broker_is_away_is_announced_when_it_is_back(
+    run_service: RunService, own_rabbitmq: servers.RabbitMQ, tmp_path: Path
+) -> None:
+    image_id, url = str(uuid.uuid4()), own_rabbitmq.url
+    async with (
+        testing.http_source() as source,
+        run_service(
+            app.serve,
+            Settings,
+            app.PACKAGE,
+            amqp_url=url,
+            data_dir=tmp_path / "seed",
+            blob_port=servers.free_port(),
+            reserve_bytes=0,
+            log_level="WARNING",
+        ) as service,
+        testing.agent_process(
+            "host-1",
+            tmp_path / "host-1",
+            amqp_url=url,
+            precache_url=service.url,
+            settings={"desired_seconds": 3600},
+        ) as agent,
+    ):
+        await asyncio.to_thread(own_rabbitmq.stop)
+        body = request(image_id, source.add("image", DATA), ["host-1"])
+        made = await service.api.post("/v1/distributions", body)
+
+        async def is_fetched() -> bool:
+            return bool((await service.api.get(f"/v1/images/{image_id}"))["state"] == "ready")
+
+        await eventually(is_fetched)
+        assert agent.events("cache_called") == []
+        await asyncio.to_thread(own_rabbitmq.start)
+
+        # the fanout that waited may find the agent's queue not there yet: the next one will not
+        async def is_back() -> bool:
+            return len(agent.events("broker_connected")) >= 4
+
+        await eventually(is_back)
+        if not agent.events("cache_called"):
+            await service.api.post("/v1/distributions", {"image_id": image_id})
+        answer = await ended(service.api, made["distribution_id"])
+        assert answer["host_states"] == {"cached": 1}
+        assert placed(agent, image_id)
