@@ -1,0 +1,1 @@
+"""hostler baremetal: one proxy for thousands of BMCs."""
