@@ -17,7 +17,7 @@ from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import Field
 
-from hostler_common import http, logs, runtime, settings
+from hostler_common import logs, runtime, settings
 from hostler_common.bus import Bus, Handler, Queue, Topology
 
 log = logs.get(__name__)
@@ -114,7 +114,7 @@ async def serve(loaded: AgentSettings, *, stop: asyncio.Event | None = None) -> 
         )
         await runner.setup()
         try:
-            listener = http.bind(loaded.http_host, loaded.http_port)
+            listener = runtime.bind(loaded.http_host, loaded.http_port)
             await web.SockSite(runner, listener).start()
             log.info(
                 "agent_started",

@@ -64,7 +64,8 @@ class Api:
                 method,
                 # an empty path is the address itself, to which httpx would add a slash
                 path or str(self._http.base_url).removesuffix("/"),
-                params={k: str(v) for k, v in (params or {}).items() if v is not None},
+                # None, not empty: an empty mapping would drop a query that is in the path already
+                params={k: str(v) for k, v in (params or {}).items() if v is not None} or None,
                 json=body,
                 headers={**(headers or {}), **({"traceparent": trace} if trace else {})},
             )

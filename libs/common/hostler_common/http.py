@@ -5,7 +5,6 @@ Probes, metrics, version, sign-in and the quarantine page come with it; every ot
 """
 
 import importlib.metadata
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -25,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hostler_common import auth, errors, logs
+from hostler_common import auth, errors, logs, runtime
 from hostler_common.health import Health
 from hostler_common.pages import Pages
 from hostler_common.settings import ProcessSettings, Settings
@@ -47,12 +46,6 @@ class BodyTooLarge(errors.HostlerError):
 
     code = "request.body_too_large"
     status = 413
-
-
-class PortUnavailable(errors.HostlerError):
-    """The port to listen on is taken, or may not be bound."""
-
-    code = "http.port_unavailable"
 
 
 def state(name: str) -> Any:  # noqa: ANN401  what fastapi.Depends returns
@@ -386,7 +379,7 @@ class Server:
     def __init__(self, app: FastAPI, settings: ProcessSettings) -> None:
         if isinstance(settings, Settings) and settings.auth_mode == "none":
             log.warning("auth_is_off", http_host=settings.http_host)
-        self._socket = bind(settings.http_host, settings.http_port)
+        self._socket = runtime.bind(settings.http_host, settings.http_port)
         self.host = settings.http_host
         self.port = int(self._socket.getsockname()[1])
         self._server = _Uvicorn(
@@ -417,23 +410,3 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are the runtime's."""
         yield
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        PortUnavailable: with what is in the way.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle off only on sockets that say they are TCP: without, answers wait 40 ms
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError as exc:
-        listener.close()
-        raise PortUnavailable(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
-    listener.setblocking(False)
-    return listener

@@ -10,6 +10,7 @@ not committed never was.
 import asyncio
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -17,7 +18,6 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from fastapi import FastAPI
 from prometheus_client import (
     CollectorRegistry,
     Gauge,
@@ -26,7 +26,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from hostler_common import db, errors, http, logs, outbox
+from hostler_common import errors, logs
 from hostler_common.bus import (
     Batch,
     BatchHandler,
@@ -39,7 +39,7 @@ from hostler_common.bus import (
     Topology,
 )
 from hostler_common.health import Health
-from hostler_common.settings import ProcessSettings, Settings, SettingsError
+from hostler_common.settings import ProcessSettings, SettingsError
 
 log = logs.get(__name__)
 
@@ -57,14 +57,11 @@ class Process:
         self._own_signals = stop is None
         self._stop = stop or asyncio.Event()
         self._looping = asyncio.Event()  # set when loops should end
-        self._resources = AsyncExitStack()
+        self.resources = AsyncExitStack()
         self._group = asyncio.TaskGroup()
         self._services: list[asyncio.Task[None]] = []
         self._loops: list[asyncio.Task[None]] = []
         self._buses: list[Bus] = []
-        self._relay: outbox.Relay | None = None
-        self._server: http.Server | None = None
-        self._server_task: asyncio.Task[None] | None = None
         self._bus_metrics = BusMetrics(self.registry)
         self._failing = Gauge(
             "hostler_loop_failing",
@@ -95,49 +92,15 @@ class Process:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        server = [self._server_task] if self._server_task is not None else []
-        for task in (*self._loops, *self._services, *server):
+        for task in (*self._loops, *self._services):
             task.cancel()  # what a drain past its deadline has left; the group would wait for it for ever
         try:
             await self._group.__aexit__(kind, exc, traceback)
         finally:
-            await self._resources.aclose()
+            await self.resources.aclose()
             log.info("stopped")
 
     # --- building blocks, in the order in which a composition root uses them
-
-    async def open_pool(self, *, package: str) -> db.Pool:
-        """The service's database, migrated to this program's version; closed at the end.
-
-        Raises:
-            DatabaseUnavailable: it does not answer.
-            MigrationError: it needs ``migrate`` first, or is newer than this program.
-        """
-        settings = self.settings
-        assert isinstance(settings, Settings)
-        pool = await self._resources.enter_async_context(
-            db.open_pool(
-                settings.database_url.get_secret_value(),
-                schema=settings.service,
-                max_size=settings.database_pool_size,
-            )
-        )
-        lacking = await db.pending(pool, package=package)
-        if lacking:
-            raise db.MigrationError(
-                f"the database lacks {len(lacking)} migrations: run 'hostler-{settings.service} migrate' first"
-            )
-
-        async def answers() -> tuple[bool, str]:
-            try:
-                async with db.connection(pool) as connection:
-                    await connection.fetchval("SELECT 1")
-            except errors.Unavailable as exc:
-                return False, exc.detail
-            return True, "answers"
-
-        self.health.check("database", answers)
-        return pool
 
     def open_bus(self, topology: Topology, *, name: str | None = None, url: Any = None) -> Bus:  # noqa: ANN401
         """A bus at the settings' broker, or at ``url`` (a SecretStr) for another one; it runs from `run` on."""
@@ -176,11 +139,6 @@ class Process:
             )
         )
 
-    def relay_outbox(self, pool: db.Pool, bus: Bus) -> None:
-        """Publish the schema's outbox, and flush it when draining."""
-        self._relay = outbox.Relay(pool, bus, self.registry)
-        self.spawn(self._relay.run(), name="outbox")
-
     def every(self, seconds: float, turn: Callable[[], Awaitable[object]], *, name: str) -> None:
         """Call ``turn`` now and then every so many seconds, with a tenth of jitter, until draining.
 
@@ -213,19 +171,11 @@ class Process:
                 continue
         self.health.forget(name)
 
-    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         """Run ``work`` beside everything else until the process has drained; if it fails, so does the process."""
-        self._services.append(self._group.create_task(work, name=name))
-
-    def serve_http(self, app: FastAPI) -> http.Server:
-        """Serve the app from now on, until draining.
-
-        Raises:
-            PortUnavailable: the port is taken or may not be bound.
-        """
-        self._server = http.Server(app, self.settings)
-        self._server_task = self._group.create_task(self._server.run(), name="http")
-        return self._server
+        task = self._group.create_task(work, name=name)
+        self._services.append(task)
+        return task
 
     # --- life
 
@@ -233,30 +183,51 @@ class Process:
         """Start the buses, then wait for the stop and drain."""
         for bus in self._buses:
             self.spawn(bus.run(), name="bus")
-        server = self._server
-        log.info("started", http=f"{server.host}:{server.port}" if server else None)
+        log.info("started")
         await self._stop.wait()
         started = time.monotonic()
         self.health.draining = True
         log.info("draining")
         try:
             async with asyncio.timeout(self.settings.drain_seconds):
-                await self._drain()
+                await self.drain()
         except TimeoutError:
             log.warning("drain_deadline_passed", seconds=self.settings.drain_seconds)
         log.info("drained", seconds=round(time.monotonic() - started, 2))
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
+        """Consuming has stopped, what was being handled is done, and the loops have ended."""
         for bus in self._buses:
             await bus.drain()
         self._looping.set()
         if self._loops:
             await asyncio.wait(self._loops)
-        if self._server is not None and self._server_task is not None:
-            await self._server.drain()
-            await asyncio.wait([self._server_task])
-        if self._relay is not None:
-            await self._relay.flush()
+
+
+class PortUnavailable(errors.HostlerError):
+    """The port to listen on is taken, or may not be bound."""
+
+    code = "http.port_unavailable"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        PortUnavailable: with what is in the way.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle off only on sockets that say they are TCP: without, answers wait 40 ms
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as exc:
+        listener.close()
+        raise PortUnavailable(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
+    listener.setblocking(False)
+    return listener
 
 
 def main(serve: Coroutine[Any, Any, None], *, service: str) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import asyncpg
+import hypothesis
 import pytest
 import pytest_asyncio
 from prometheus_client import CollectorRegistry
@@ -24,6 +25,10 @@ from pydantic import SecretStr
 
 from hostler_common import bus, client, db, errors, servers, settings
 from hostler_common.bus import Bus, BusMetrics
+
+# no timed asserts: how long an example takes says how busy the machine is
+hypothesis.settings.register_profile("hostler", deadline=None)
+hypothesis.settings.load_profile("hostler")
 
 _serial = itertools.count(1)
 SettingsT = TypeVar("SettingsT", bound=settings.Settings)

@@ -1,27 +1,24 @@
-"""The HTTP API: nodes, their power and boot device, leases, operations.
+"""The HTTP API: nodes, their power and boot device, and the operations on them.
 
 Every change is one transaction with its events; long work is an operation that the caller follows.
 """
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Response
-from fastapi.responses import JSONResponse
 
-from hostler_baremetal import errors, leases, messages, operation_store, store
+from hostler_baremetal import errors, messages, operation_store, store
 from hostler_baremetal.access import whole_fleet
 from hostler_baremetal.credentials import Vault
 from hostler_baremetal.executor import Executor, timeout_of
-from hostler_baremetal.node import Access, Hardware, Lease, Node, NodeId, OperationKind
+from hostler_baremetal.idempotent import once
+from hostler_baremetal.node import Access, Hardware, Node, NodeId, OperationKind
 from hostler_baremetal.power import PowerState
 from hostler_baremetal.resources import (
     BootDeviceRequest,
     BootDeviceResource,
-    LeaseRequest,
-    LeaseResource,
     NodeCreate,
     NodePage,
     NodeResource,
@@ -30,11 +27,9 @@ from hostler_baremetal.resources import (
     OperationResource,
     PowerRequest,
     PowerResource,
-    Resource,
 )
 from hostler_baremetal.settings import Settings
 from hostler_common import auth, bus, db, http, idempotency, outbox
-from hostler_common import errors as common_errors
 from hostler_common.auth import Role
 
 router = APIRouter(
@@ -49,27 +44,6 @@ SettingsDep = Annotated[Settings, http.state("settings")]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 _FRESH_SECONDS = 15.0
-
-
-async def _once(
-    pool: db.Pool,
-    key: str | None,
-    caller: auth.Principal,
-    request: object,
-    status: int,
-    work: Callable[[db.Connection], Awaitable[Resource]],
-) -> JSONResponse:
-    """Answers with what `work` gives; under a key that was used, with what it gave then."""
-    async with db.transaction(pool) as connection:
-        if key is not None:
-            stored = await idempotency.begin(connection, key, caller=caller.name, request=request)
-            if stored is not None:
-                return JSONResponse(stored.body, stored.status)
-        resource = await work(connection)
-        body = resource.model_dump(mode="json")
-        if key is not None:
-            await idempotency.finish(connection, key, caller=caller.name, status=status, body=body)
-    return JSONResponse(body, status)
 
 
 # --- nodes
@@ -125,7 +99,7 @@ async def create_node(
         return NodeResource.of(node)
 
     # the key's fingerprint leaves the secrets out: they are masked
-    return await _once(pool, key, caller, body.model_dump(mode="json"), 201, work)
+    return await once(pool, key, caller, body.model_dump(mode="json"), 201, work)
 
 
 def _new_node(node_id: NodeId, body: NodeCreate, vault: Vault) -> store.NewNode:
@@ -367,7 +341,7 @@ async def _operate(
         return OperationResource.of(operation)
 
     request = {"node": str(node_id), "kind": kind, "args": plain, "token": fencing_token}
-    reply = await _once(pool, key, caller, request, 202, work)
+    reply = await once(pool, key, caller, request, 202, work)
     executor.wake()
     return reply
 
@@ -398,97 +372,3 @@ async def show_operation(operation_id: uuid.UUID, pool: PoolDep) -> OperationRes
     """One operation."""
     async with db.connection(pool) as connection:
         return OperationResource.of(await operation_store.get(connection, operation_id))
-
-
-# --- leases
-
-
-@router.get("/nodes/{node_id}/lease", operation_id="show_lease")
-async def show_lease(node_id: uuid.UUID, pool: PoolDep) -> LeaseResource:
-    """Who has the node."""
-    async with db.connection(pool) as connection:
-        node = await store.get_node(connection, node_id)
-    return LeaseResource.of(_lease_of(node))
-
-
-@router.post(
-    "/nodes/{node_id}/lease",
-    operation_id="take_lease",
-    status_code=200,
-    response_model=LeaseResource,
-    dependencies=changes,
-)
-async def take_lease(
-    node_id: uuid.UUID,
-    body: LeaseRequest,
-    pool: PoolDep,
-    caller: auth.Caller,
-    key: idempotency.IdempotencyKey = None,
-) -> Response:
-    """Take a node that nobody has, or renew one's own lease, under the same fencing token.
-
-    From then on every action on the node has to show the token, and capacity sees it as full. A
-    renewal that shows its token fails once the lease is over, instead of taking another one.
-    """
-
-    async def work(connection: db.Connection) -> LeaseResource:
-        node = await store.get_node(connection, node_id, for_update=True)
-        held, token = node.lease, body.fencing_token
-        if held is not None and held.owner != body.owner:
-            raise errors.NodeLeased(
-                f"{node.name} is leased by {held.owner} until {held.expires_at.isoformat()}"
-            )
-        if token is not None and (held is None or held.fencing_token != token):
-            raise errors.Fenced(f"the lease with token {token} of {node.name} is over")
-        if held is not None:
-            lease = await store.renew_lease(connection, node, ttl_seconds=body.ttl_seconds)
-            return LeaseResource.of(lease)
-        if node.maintenance:
-            raise errors.NodeLeased(f"{node.name} is in maintenance: {node.maintenance_reason}")
-        await leases.end_expired(connection, node_id=node.id)
-        lease = await store.take_lease(
-            connection,
-            node,
-            owner=body.owner,
-            purpose=body.purpose,
-            ttl_seconds=body.ttl_seconds,
-        )
-        event = messages.LEASE_TAKEN
-        told = leases.message(event, node_id=node.id, name=node.name, lease=lease)
-        await outbox.add(connection, [told])
-        return LeaseResource.of(lease)
-
-    request = {"node": str(node_id), **body.model_dump(mode="json")}
-    return await _once(pool, key, caller, request, 200, work)
-
-
-@router.delete(
-    "/nodes/{node_id}/lease", operation_id="end_lease", status_code=204, dependencies=changes
-)
-async def end_lease(
-    node_id: uuid.UUID,
-    pool: PoolDep,
-    caller: auth.Caller,
-    fencing_token: int | None = None,
-    force: Annotated[
-        bool, Query(description="break somebody's lease; for admins, without its token")
-    ] = False,
-) -> None:
-    """Give a lease back by its token, or break it."""
-    if force and not caller.has(Role.ADMIN):
-        raise common_errors.Forbidden("breaking a lease needs the role admin")
-    async with db.transaction(pool) as connection:
-        node = await store.get_node(connection, node_id, for_update=True)
-        lease = _lease_of(node)
-        if not force and lease.fencing_token != fencing_token:
-            raise errors.Fenced(f"token {fencing_token} is not the one of {node.name}'s lease")
-        await store.end_lease(connection, node)
-        event = messages.LEASE_RELEASED
-        told = leases.message(event, node_id=node.id, name=node.name, lease=lease)
-        await outbox.add(connection, [told])
-
-
-def _lease_of(node: Node) -> Lease:
-    if node.lease is None:
-        raise errors.LeaseNotFound(f"{node.name} is not leased")
-    return node.lease

@@ -7,11 +7,20 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from hostler_baremetal import api, consumer, credentials, executor, jobs, messages, pages
+from hostler_baremetal import (
+    api,
+    consumer,
+    credentials,
+    executor,
+    jobs,
+    lease_api,
+    messages,
+    pages,
+)
 from hostler_baremetal.fleet import Fleet, Pace
 from hostler_baremetal.metrics import Metrics
 from hostler_baremetal.settings import Settings
-from hostler_common import http, quarantine, runtime
+from hostler_common import http, quarantine, service
 from hostler_common.health import Health
 from hostler_common.settings import SettingsError
 
@@ -30,7 +39,7 @@ def http_app(
         settings,
         title="hostler baremetal",
         package=PACKAGE,
-        routers=[api.router, quarantine.router, pages.router],
+        routers=[api.router, lease_api.router, quarantine.router, pages.router],
         state=state or {},
         health=health,
         registry=registry,
@@ -39,7 +48,7 @@ def http_app(
 
 async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
     """Run the service until it is told to stop."""
-    async with runtime.Process(settings, stop=stop) as process:
+    async with service.ServiceProcess(settings, stop=stop) as process:
         vault = read_vault(settings)
         pool = await process.open_pool(package=PACKAGE)
         bus = process.open_bus(messages.topology(settings.proxy_host))

@@ -297,7 +297,9 @@ class Executor:
         if because is not None:
             raise _Ended(OperationState.FAILED, because.code, because.detail) from because
         raise _Ended(
-            OperationState.FAILED, NOT_REACHED, "the BMC took the command, and nothing changed"
+            OperationState.FAILED,
+            NOT_REACHED,
+            "the command was given, and the node did not follow",
         )
 
     async def _end(

@@ -114,10 +114,10 @@ def _why_fenced(node: Node, token: FencingToken | None) -> str:
 
 async def get(connection: db.Connection, operation_id: uuid.UUID) -> Operation:
     """Returns an operation. Raises OperationNotFound."""
-    row = await connection.fetchrow("SELECT * FROM operation WHERE id = $1", operation_id)
-    if row is None:
+    operation = await find(connection, operation_id)
+    if operation is None:
         raise errors.OperationNotFound(f"there is no operation {operation_id}")
-    return _operation_of(row)
+    return operation
 
 
 async def find(connection: db.Connection, operation_id: uuid.UUID) -> Operation | None:

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 from hostler_baremetal import app, credentials
@@ -13,10 +12,6 @@ from hostler_baremetal.settings import Settings
 from hostler_baremetal.simulator import SimulatedBmc
 from hostler_common import testing
 from hostler_common.client import Api
-
-# the machine is shared: how long an example takes says nothing
-hypothesis.settings.register_profile("baremetal", deadline=None)
-hypothesis.settings.load_profile("baremetal")
 
 QUICK = {
     "poll_seconds": 0.4,

@@ -14,7 +14,7 @@ from hostler_capacity.ledger import Ledger
 from hostler_capacity.metrics import Metrics
 from hostler_capacity.report_store import Policy
 from hostler_capacity.settings import Settings
-from hostler_common import http, quarantine, runtime
+from hostler_common import http, quarantine, service
 from hostler_common.health import Health
 
 PACKAGE = "hostler_capacity"
@@ -41,7 +41,7 @@ def http_app(
 
 async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
     """Run the service until it is told to stop."""
-    async with runtime.Process(settings, stop=stop) as process:
+    async with service.ServiceProcess(settings, stop=stop) as process:
         pool = await process.open_pool(package=PACKAGE)
         bus = process.open_bus(messages.TOPOLOGY)
         metrics = Metrics(process.registry)

@@ -6,7 +6,7 @@ before is a normal thing: it is counted and changes nothing.
 
 from pydantic import ValidationError
 
-from hostler_capacity import messages, report_store, store
+from hostler_capacity import messages, report_store
 from hostler_capacity.inventory import Guest, ReportedNode
 from hostler_capacity.metrics import Metrics
 from hostler_capacity.report import Part
@@ -37,15 +37,14 @@ class ReportConsumer:
 
         Raises:
             Reject: the body is not a host report.
-            DatabaseUnavailable, Busy: nothing was applied.
+            DatabaseUnavailable: nothing was applied.
         """
         try:
             body = hosts.HostReport.model_validate_json(delivery.body)
         except ValidationError as exc:
             raise bus.Reject(_explain(exc), code="capacity.report.malformed") from exc
         part = _part(body)
-        with store.locking():
-            recorded = await self._record(part)
+        recorded = await self._record(part)
         self._metrics.report_parts.labels(recorded.admission).inc()
         self._metrics.nodes_moved.inc(recorded.moved)
         self._metrics.nodes_absent.inc(recorded.absent)

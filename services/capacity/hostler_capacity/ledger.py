@@ -11,15 +11,14 @@ circle.
 """
 
 import itertools
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 from uuid import UUID
 
 from hostler_capacity import claim as claims
-from hostler_capacity import claim_store, fit, flavor, messages, overhead, resources, store
+from hostler_capacity import claim_store, fit, flavor, messages, overhead, resources
 from hostler_capacity.claim import Claim, ClaimId, NodeId
 from hostler_capacity.claim_store import LockedNode, Order
 from hostler_capacity.fit import Blocker, NodeState
@@ -140,7 +139,7 @@ class Ledger:
             raise refusal
 
     async def _try(self, wish: Wish, replay: Replay | None) -> Claim:
-        async with self._transaction() as connection:
+        async with db.transaction(self._pool) as connection:
             if replay is not None:
                 stored = await idempotency.begin(
                     connection, replay.key, caller=replay.caller, request=replay.request
@@ -162,12 +161,6 @@ class Ledger:
         self._metrics.claims.labels("granted").inc()
         log.info("claim_granted", claim_id=str(granted.id), host=granted.host)
         return granted
-
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[db.Connection]:
-        with store.locking():
-            async with db.transaction(self._pool) as connection:
-                yield connection
 
     def _candidates(self, wish: Wish) -> Iterator[NodeId]:
         fleet = self._view.fleet
@@ -265,7 +258,7 @@ class Ledger:
             ClaimNotFound: there is none that these projects may see.
             NotHeld: it was released or has expired.
         """
-        async with self._transaction() as connection:
+        async with db.transaction(self._pool) as connection:
             known = await _visible(connection, claim_id, projects)
             confirmed = await claim_store.confirm(connection, claim_id)
             if confirmed is None:
@@ -285,7 +278,7 @@ class Ledger:
         Raises:
             ClaimNotFound: there is none that these projects may see.
         """
-        async with self._transaction() as connection:
+        async with db.transaction(self._pool) as connection:
             known = await _visible(connection, claim_id, projects)
             released = await claim_store.release(connection, known)
             if released is None:
@@ -303,7 +296,7 @@ class Ledger:
             due = await claim_store.due_nodes(connection, limit=SWEEP_NODES)
         count = 0
         for node_id in due:
-            async with self._transaction() as connection:
+            async with db.transaction(self._pool) as connection:
                 ended = await claim_store.expire(connection, node_id)
                 await outbox.add(
                     connection,

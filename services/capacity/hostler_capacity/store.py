@@ -6,8 +6,7 @@ transaction older than `pg_snapshot_xmin` had ended when that snapshot was taken
 from there on can give a row twice and can miss none, which a sequence number could.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import asyncpg
@@ -37,22 +36,6 @@ class FlavorChanged(errors.Conflict):
     """Somebody else changed the flavor since it was read."""
 
     code = "capacity.flavor.changed"
-
-
-class Busy(errors.Unavailable):
-    """A row was locked for too long, or two transactions waited for each other; try again."""
-
-    code = "capacity.busy"
-    retry_after_seconds = 1
-
-
-@contextmanager
-def locking() -> Iterator[None]:
-    """Inside, a lock that is not to be had is `Busy`: nothing was changed."""
-    try:
-        yield
-    except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as exc:
-        raise Busy("others keep the node busy; try again") from exc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hostler_common import auth, db, errors, idempotency
 from hostler_common.auth import Caller, Role
 from hostler_precache import plugins, protocol, tracker
-from hostler_precache.deps import Limit, SettingsDep, StoreDep, SwarmsDep
+from hostler_precache.deps import Limit, PoliciesDep, SettingsDep, StoreDep, SwarmsDep
 from hostler_precache.distributions import (
     Distribution,
     DistributionState,
@@ -373,21 +373,21 @@ class PolicyList(_View):
 
 
 @router.post("/policies", status_code=201, dependencies=[auth.require(Role.OPERATOR)])
-async def create_policy(body: PolicyRequest, store: StoreDep) -> PolicyView:
+async def create_policy(body: PolicyRequest, policies: PoliciesDep) -> PolicyView:
     """Make a policy, which is due at once."""
     _check_plugin(plugins.LISTERS, body.lister)
     policy_id = PolicyId(uuid.uuid4())
-    async with db.transaction(store.pool) as connection:
-        await store.add_policy(connection, policy_id=policy_id, **body.model_dump())
-    return PolicyView.model_validate(await store.policy(policy_id))
+    async with db.transaction(policies.pool) as connection:
+        await policies.add_policy(connection, policy_id=policy_id, **body.model_dump())
+    return PolicyView.model_validate(await policies.policy(policy_id))
 
 
 @router.get("/policies", dependencies=[auth.require(Role.READER)])
 async def list_policies(
-    store: StoreDep, limit: Limit = 100, marker: str | None = None
+    policies: PoliciesDep, limit: Limit = 100, marker: str | None = None
 ) -> PolicyList:
     """Policies by name."""
-    records: list[Policy] = await store.policies(limit=limit, marker=marker)
+    records: list[Policy] = await policies.policies(limit=limit, marker=marker)
     return PolicyList(
         policies=[PolicyView.model_validate(record) for record in records],
         next_marker=records[-1].name if len(records) == limit else None,
@@ -395,26 +395,26 @@ async def list_policies(
 
 
 @router.get("/policies/{policy_id}", dependencies=[auth.require(Role.READER)])
-async def show_policy(policy_id: UUID, store: StoreDep) -> PolicyView:
+async def show_policy(policy_id: UUID, policies: PoliciesDep) -> PolicyView:
     """One policy."""
-    return PolicyView.model_validate(await store.policy(policy_id))
+    return PolicyView.model_validate(await policies.policy(policy_id))
 
 
 @router.post(
     "/policies/{policy_id}/run", status_code=202, dependencies=[auth.require(Role.OPERATOR)]
 )
-async def run_policy(policy_id: UUID, store: StoreDep) -> PolicyView:
+async def run_policy(policy_id: UUID, policies: PoliciesDep) -> PolicyView:
     """Run it now."""
-    await store.run_policy_now(policy_id)
-    return PolicyView.model_validate(await store.policy(policy_id))
+    await policies.run_policy_now(policy_id)
+    return PolicyView.model_validate(await policies.policy(policy_id))
 
 
 @router.delete(
     "/policies/{policy_id}", status_code=204, dependencies=[auth.require(Role.OPERATOR)]
 )
-async def delete_policy(policy_id: UUID, store: StoreDep) -> None:
+async def delete_policy(policy_id: UUID, policies: PoliciesDep) -> None:
     """Remove the policy; what it distributed stays."""
-    await store.remove_policy(policy_id)
+    await policies.remove_policy(policy_id)
 
 
 def _image(listed: ListedImage) -> Image:

@@ -11,13 +11,14 @@ from aiohttp import web
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from hostler_common import http, quarantine, runtime
+from hostler_common import http, quarantine, runtime, service
 from hostler_common.health import Health
 from hostler_precache import agent_api, api, messages, pages
 from hostler_precache.blobs import BlobServer
 from hostler_precache.jobs import FORGET_SECONDS, Pipeline
 from hostler_precache.metrics import Metrics
 from hostler_precache.plugins import Plugins, Surroundings
+from hostler_precache.policy_store import PolicyStore
 from hostler_precache.seed import Seed
 from hostler_precache.settings import Settings, read_secret
 from hostler_precache.store import Store
@@ -48,11 +49,11 @@ def http_app(
 async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
     """Run the service until it is told to stop."""
     # what the stack holds is closed after the process has drained and ended its tasks
-    async with AsyncExitStack() as stack, runtime.Process(settings, stop=stop) as process:
+    async with AsyncExitStack() as stack, service.ServiceProcess(settings, stop=stop) as process:
         pool = await process.open_pool(package=PACKAGE)
         bus = process.open_bus(messages.topology(durable_fanout=settings.transient_quorum_queue))
         metrics = Metrics(process.registry)
-        store, swarms = Store(pool), SwarmStore(pool)
+        store, swarms, policies = Store(pool), SwarmStore(pool), PolicyStore(pool)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         surroundings = Surroundings(
             session=session,
@@ -72,6 +73,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             settings=settings,
             store=store,
             swarms=swarms,
+            policies=policies,
             seed=seed,
             plugins=Plugins(surroundings),
             metrics=metrics,
@@ -84,6 +86,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         state = {
             "store": store,
             "swarms": swarms,
+            "policies": policies,
             "settings": settings,
             "quarantine": quarantine.Quarantine(pool=pool),
         }
@@ -100,6 +103,6 @@ async def _serve_blobs(stack: AsyncExitStack, server: BlobServer, settings: Sett
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=settings.drain_seconds)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    listener = http.bind(settings.http_host, settings.blob_port)
+    listener = runtime.bind(settings.http_host, settings.blob_port)
     await web.SockSite(runner, listener).start()
     return settings.seed_url or f"http://{settings.http_host}:{listener.getsockname()[1]}"

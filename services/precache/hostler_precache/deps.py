@@ -5,11 +5,13 @@ from typing import Annotated
 from fastapi import Query
 
 from hostler_common import http
+from hostler_precache.policy_store import PolicyStore
 from hostler_precache.settings import Settings
 from hostler_precache.store import Store
 from hostler_precache.swarm_store import SwarmStore
 
 StoreDep = Annotated[Store, http.state("store")]
 SwarmsDep = Annotated[SwarmStore, http.state("swarms")]
+PoliciesDep = Annotated[PolicyStore, http.state("policies")]
 SettingsDep = Annotated[Settings, http.state("settings")]
 Limit = Annotated[int, Query(ge=1, le=1000)]

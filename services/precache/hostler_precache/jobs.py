@@ -23,6 +23,7 @@ from hostler_precache.distributions import (
 from hostler_precache.fetch import Fetched, FetchProgress, fetch
 from hostler_precache.metrics import Metrics
 from hostler_precache.plugins import Plugins, SourceError, UnknownPluginError
+from hostler_precache.policy_store import PolicyStore
 from hostler_precache.seed import Seed
 from hostler_precache.settings import Settings
 from hostler_precache.store import ImageDiffers, Store
@@ -47,6 +48,7 @@ class Pipeline:
         settings: Settings,
         store: Store,
         swarms: SwarmStore,
+        policies: PolicyStore,
         seed: Seed,
         plugins: Plugins,
         metrics: Metrics,
@@ -54,6 +56,7 @@ class Pipeline:
         self._settings = settings
         self._store = store
         self._swarms = swarms
+        self._policies = policies
         self._seed = seed
         self._plugins = plugins
         self._metrics = metrics
@@ -75,11 +78,11 @@ class Pipeline:
 
     async def run_policies(self) -> None:
         """Run every policy that is due."""
-        while (policy := await self._store.claim_policy()) is not None:
+        while (policy := await self._policies.claim_policy()) is not None:
             outcome, detail = await self._run_policy(policy)
             self._metrics.policy_runs.labels(outcome).inc()
             log.info("policy_ran", policy=policy.name, outcome=outcome, detail=detail)
-            await self._store.policy_ran(policy.policy_id, outcome=outcome, detail=detail)
+            await self._policies.policy_ran(policy.policy_id, outcome=outcome, detail=detail)
 
     async def count(self) -> None:
         """What this seed sent is stored, and the gauges are current."""
@@ -106,7 +109,7 @@ class Pipeline:
             try:
                 async with db.transaction(self._store.pool) as connection:
                     await self._store.add_image(connection, image)
-                    known = await self._store.distributed_images(connection, policy.policy_id)
+                    known = await self._policies.distributed_images(connection, policy.policy_id)
                     if image.image_id not in known:
                         await self._store.add_distribution(
                             connection,

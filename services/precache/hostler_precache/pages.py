@@ -7,7 +7,7 @@ from fastapi.responses import HTMLResponse
 
 from hostler_common import auth
 from hostler_common.pages import Pages
-from hostler_precache.deps import StoreDep, SwarmsDep
+from hostler_precache.deps import PoliciesDep, StoreDep, SwarmsDep
 
 ROWS_SHOWN = 50
 
@@ -16,14 +16,16 @@ pages = Pages("hostler_precache")
 
 
 @router.get("/", dependencies=[auth.require(auth.Role.READER)])
-async def overview(request: Request, store: StoreDep, swarms: SwarmsDep) -> HTMLResponse:
+async def overview(
+    request: Request, store: StoreDep, swarms: SwarmsDep, policies: PoliciesDep
+) -> HTMLResponse:
     """Distributions, hosts and policies."""
     return pages.render(
         request,
         "overview.html",
         distributions=await store.distributions(limit=ROWS_SHOWN),
         hosts=await swarms.hosts(limit=ROWS_SHOWN),
-        policies=await store.policies(limit=ROWS_SHOWN),
+        policies=await policies.policies(limit=ROWS_SHOWN),
     )
 
 

@@ -5,7 +5,7 @@ the outbox inside it. Times are the database's.
 """
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -23,7 +23,6 @@ from hostler_precache.distributions import (
     FetchTask,
     HostProgress,
     ImageRecord,
-    Policy,
     PolicyId,
 )
 from hostler_precache.images import Image, SourceHash, Verification
@@ -52,18 +51,6 @@ class DistributionNotFound(errors.NotFound):
     """There is no such distribution."""
 
     code = "precache.distribution.not_found"
-
-
-class PolicyNotFound(errors.NotFound):
-    """There is no such policy."""
-
-    code = "precache.policy.not_found"
-
-
-class PolicyExists(errors.Conflict):
-    """A policy of that name exists."""
-
-    code = "precache.policy.exists"
 
 
 class Store:
@@ -497,108 +484,6 @@ class Store:
         """The messages leave when the transaction commits."""
         await outbox.add(connection, messages)
 
-    # --- policies
-
-    async def add_policy(
-        self,
-        connection: db.Connection,
-        *,
-        policy_id: PolicyId,
-        name: str,
-        lister: str,
-        options: Mapping[str, object],
-        hosts: Sequence[str] | None,
-        priority: int,
-        every_seconds: int,
-    ) -> None:
-        """The policy exists and is due.
-
-        Raises:
-            PolicyExists: one of that name does already.
-        """
-        row = await connection.fetchrow(
-            "INSERT INTO policy (policy_id, name, lister, options, hosts, priority, every_seconds)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING"
-            " RETURNING policy_id",
-            policy_id, name, lister, dict(options), hosts, priority, every_seconds,
-        )  # fmt: skip
-        if row is None:
-            raise PolicyExists(f"a policy named {name!r} exists")
-
-    async def policy(self, policy_id: UUID) -> Policy:
-        """The policy.
-
-        Raises:
-            PolicyNotFound: there is none.
-        """
-        async with db.connection(self._pool) as connection:
-            row = await connection.fetchrow("SELECT * FROM policy WHERE policy_id = $1", policy_id)
-        if row is None:
-            raise PolicyNotFound(f"no policy {policy_id}")
-        return _policy(row)
-
-    async def policies(self, *, limit: int, marker: str | None = None) -> list[Policy]:
-        """Policies by name, after the marker."""
-        async with db.connection(self._pool) as connection:
-            rows = await connection.fetch(
-                "SELECT * FROM policy WHERE $2::text IS NULL OR name > $2 ORDER BY name LIMIT $1",
-                limit,
-                marker,
-            )
-        return [_policy(row) for row in rows]
-
-    async def remove_policy(self, policy_id: UUID) -> None:
-        """The policy is gone; its distributions stay.
-
-        Raises:
-            PolicyNotFound: there is none.
-        """
-        async with db.transaction(self._pool) as connection:
-            status = await connection.execute("DELETE FROM policy WHERE policy_id = $1", policy_id)
-        if status == "DELETE 0":
-            raise PolicyNotFound(f"no policy {policy_id}")
-
-    async def run_policy_now(self, policy_id: UUID) -> None:
-        """The policy is due.
-
-        Raises:
-            PolicyNotFound: there is none.
-        """
-        async with db.transaction(self._pool) as connection:
-            status = await connection.execute(
-                "UPDATE policy SET next_run_at = now() WHERE policy_id = $1", policy_id
-            )
-        if status == "UPDATE 0":
-            raise PolicyNotFound(f"no policy {policy_id}")
-
-    async def claim_policy(self) -> Policy | None:
-        """A policy that is due, and is no longer: whoever claims it runs it."""
-        async with db.transaction(self._pool) as connection:
-            row = await connection.fetchrow(
-                "UPDATE policy SET next_run_at = now() + make_interval(secs => every_seconds),"
-                "   last_run_at = now()"
-                " WHERE policy_id = (SELECT policy_id FROM policy WHERE next_run_at <= now()"
-                "   ORDER BY next_run_at LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING *"
-            )
-        return None if row is None else _policy(row)
-
-    async def policy_ran(self, policy_id: PolicyId, *, outcome: str, detail: str) -> None:
-        """How the last run went is stored."""
-        async with db.transaction(self._pool) as connection:
-            await connection.execute(
-                "UPDATE policy SET last_outcome = $2, last_detail = $3 WHERE policy_id = $1",
-                policy_id, outcome, detail,
-            )  # fmt: skip
-
-    async def distributed_images(self, connection: db.Connection, policy_id: PolicyId) -> set[str]:
-        """The images that the policy has live distributions of."""
-        rows = await connection.fetch(
-            "SELECT DISTINCT image_id FROM distribution WHERE policy_id = $1"
-            "   AND state IN ('fetching', 'distributing', 'done')",
-            policy_id,
-        )
-        return {row["image_id"] for row in rows}
-
 
 def _image(row: asyncpg.Record) -> Image:
     return Image(
@@ -652,20 +537,4 @@ def _distribution(row: asyncpg.Record) -> Distribution:
         created_at=row["created_at"],
         announced_at=row["announced_at"],
         finished_at=finished,
-    )
-
-
-def _policy(row: asyncpg.Record) -> Policy:
-    return Policy(
-        policy_id=PolicyId(row["policy_id"]),
-        name=row["name"],
-        lister=row["lister"],
-        options=row["options"],
-        hosts=row["hosts"],
-        priority=row["priority"],
-        every_seconds=row["every_seconds"],
-        next_run_at=row["next_run_at"],
-        last_run_at=row["last_run_at"],
-        last_outcome=row["last_outcome"],
-        last_detail=row["last_detail"],
     )

@@ -1,6 +1,7 @@
 """The composition root of usage, and nothing else."""
 
 import asyncio
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from hostler_common import bus, http, quarantine, runtime
+from hostler_common import bus, http, quarantine, service
 from hostler_common.health import Health
 from hostler_usage import api, messages, pages
 from hostler_usage.consumer import NotificationConsumer
 from hostler_usage.jobs import Jobs
 from hostler_usage.metrics import Metrics
+from hostler_usage.pace import Pace
 from hostler_usage.report_store import ReportStore
 from hostler_usage.settings import Settings
 from hostler_usage.store import Store
@@ -42,11 +44,12 @@ def http_app(
 
 async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
     """Run the service until it is told to stop."""
-    async with runtime.Process(settings, stop=stop) as process:
+    async with service.ServiceProcess(settings, stop=stop) as process:
         pool = await process.open_pool(package=PACKAGE)
         own_bus = process.open_bus(messages.TOPOLOGY)
         metrics = Metrics(process.registry)
         store = Store(pool=pool, writer=uuid.uuid4())
+        pace = Pace(time.monotonic)
         reports = ReportStore(pool=pool)
         kept = quarantine.Quarantine(pool=pool)
         process.relay_outbox(pool, own_bus)
@@ -57,6 +60,8 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
                 source=source,
                 store=store,
                 metrics=metrics,
+                pace=pace,
+                batch_size=settings.batch_size,
                 max_body_bytes=settings.max_body_bytes,
             )
             subscriptions = [(own_bus, messages.queue(source))]
@@ -84,6 +89,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             store=store,
             reports=reports,
             metrics=metrics,
+            pace=pace,
             fold_limit=settings.fold_limit,
             months_ahead=settings.months_ahead,
         )

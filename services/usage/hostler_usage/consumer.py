@@ -14,6 +14,7 @@ from hostler_usage.envelope import UnreadableError, open_body
 from hostler_usage.event import Event
 from hostler_usage.metrics import Metrics
 from hostler_usage.normalise import normalise
+from hostler_usage.pace import Pace
 from hostler_usage.payload import clean
 from hostler_usage.settings import Source
 from hostler_usage.store import Store
@@ -28,6 +29,8 @@ class NotificationConsumer:
     source: Source
     store: Store
     metrics: Metrics
+    pace: Pace
+    batch_size: int
     max_body_bytes: int
 
     async def handle(self, deliveries: Sequence[bus.Delivery]) -> None:
@@ -39,6 +42,7 @@ class NotificationConsumer:
         """
         events = [self.read(delivery) for delivery in deliveries]
         tally = await self.store.ingest(events)
+        self.pace.batch_read(len(events), self.batch_size)
         newest = max(event.notification.timestamp for event in events)
         age = datetime.now(UTC) - newest
         self.metrics.ingested(self.source.name, tally, age.total_seconds())

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from hostler_common import logs
 from hostler_usage.metrics import Metrics
+from hostler_usage.pace import Pace
 from hostler_usage.report_store import ReportStore
 from hostler_usage.store import Store
 
@@ -22,15 +23,18 @@ class Jobs:
     store: Store
     reports: ReportStore
     metrics: Metrics
+    pace: Pace
     fold_limit: int
     months_ahead: int
 
     async def fold(self) -> None:
-        """No resource that was touched before this turn is left unfolded.
+        """No resource that was touched before this turn is left unfolded, unless a backlog is read.
 
         Raises:
             DatabaseUnavailable: what is left is folded in a later turn.
         """
+        if not self.pace.may_fold():
+            return
         while folded := await self.store.fold_some(self.fold_limit):
             self.metrics.folded.inc(folded)
             if folded < self.fold_limit:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from hostler_common import auth, errors, http, logs, settings
+from hostler_common import auth, errors, http, logs, runtime, settings
 from hostler_common.health import Health
 
 
@@ -481,10 +481,12 @@ async def test_common_assets_are_served_by_the_service_itself(opened: Opened) ->
 
 
 def test_a_port_in_use_is_named() -> None:
-    listener = http.bind("127.0.0.1", 0)
+    listener = runtime.bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    with pytest.raises(http.PortUnavailable, match=f"cannot listen on 127.0.0.1:{port}: Address"):
-        http.bind("127.0.0.1", port)
+    with pytest.raises(
+        runtime.PortUnavailable, match=f"cannot listen on 127.0.0.1:{port}: Address"
+    ):
+        runtime.bind("127.0.0.1", port)
     listener.close()
 
 

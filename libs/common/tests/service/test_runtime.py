@@ -142,9 +142,11 @@ async def test_a_client_that_listens_for_ever_does_not_use_up_the_drain(
         client.stream("GET", f"{url(environment)}/v1/events") as answer,
     ):
         assert answer.status_code == 200
-        await anext(answer.aiter_text())
+        events = answer.aiter_text()  # kept, or the stream would be closed with it
+        assert await anext(events) == "data: first\n\n"
         process.terminate()
         assert await process.ended(20) == 0
+        del events
     assert '"event": "drained"' in process.out
     assert "drain_deadline_passed" not in process.out
 

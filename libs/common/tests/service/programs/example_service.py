@@ -22,7 +22,7 @@ from hostler_common import (
     logs,
     outbox,
     quarantine,
-    runtime,
+    service,
     settings,
 )
 
@@ -82,7 +82,7 @@ def http_app(loaded: Settings, state: Mapping[str, Any] | None = None, **more: A
 
 async def serve(loaded: Settings, *, stop: asyncio.Event | None = None) -> None:
     """Run until stopped."""
-    async with runtime.Process(loaded, stop=stop) as process:
+    async with service.ServiceProcess(loaded, stop=stop) as process:
         pool = await process.open_pool(package=PACKAGE)
         broker = process.open_bus(TOPOLOGY)
         kept = quarantine.Quarantine(pool=pool)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from hostler_common import bus, db, quarantine, runtime, settings
+from hostler_common import bus, db, quarantine, runtime, service, settings
 
 WORK = bus.Queue(
     name="mortal.work", bindings=(bus.Binding(exchange=bus.HOSTLER, routing_key="work.#"),)
@@ -28,7 +28,7 @@ class Settings(settings.Settings):
 
 async def serve(loaded: Settings) -> None:
     """Consume until stopped, or dead."""
-    async with runtime.Process(loaded) as process:
+    async with service.ServiceProcess(loaded) as process:
         pool = await process.open_pool(package="hostler_example")
 
         async def handle(deliveries: Sequence[bus.Delivery]) -> None:

@@ -1,0 +1,198 @@
+"""A download asks for each piece once, whoever is slow, busy, wrong or gone."""
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from hostler_precache import manifest, swarm
+from hostler_precache.blobs import Blob
+from hostler_precache.download import Download
+from hostler_precache.manifest import BlobId
+from hostler_precache.peers import PeerBusyError, PeerError, PieceMissingError
+from hostler_precache.pieces import PieceStore
+from hostler_precache.testing import image_of
+
+PIECE = manifest.MIN_PIECE_BYTES
+DATA = image_of(6 * PIECE + 5)
+BLOB = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
+
+
+def described() -> manifest.Manifest:
+    hasher = manifest.Hasher(PIECE)
+    hasher.update(DATA)
+    return hasher.finish()
+
+
+MANIFEST = described()
+
+
+def part(piece: int) -> bytearray:
+    span = MANIFEST.span(piece)
+    return bytearray(DATA[span.start : span.stop])
+
+
+class Network:
+    """A `PeerClient` whose seed and peers do as the test says; nothing leaves the process."""
+
+    def __init__(self) -> None:
+        self.seed = swarm.SeedPolicy(MANIFEST.count)
+        self.held: dict[int, asyncio.Event] = {}
+        self.has: dict[str, int] = {}
+        self.answers: dict[str, Callable[[int], bytearray]] = {}
+        self.asked: list[tuple[str, int]] = []
+        self.chosen: list[int] = []
+
+    async def fetch(self, url: str, piece: int, *, timeout_seconds: float) -> bytearray:
+        del timeout_seconds
+        self.asked.append((url, piece))
+        await asyncio.sleep(0)
+        return self.answers.get(url, part)(piece)
+
+    async def fetch_next(
+        self, url: str, *, timeout_seconds: float
+    ) -> tuple[int, bytearray] | None:
+        del url, timeout_seconds
+        piece = self.seed.next("host-1", 0.0)
+        if piece is None:
+            return None
+        self.chosen.append(piece)
+        if piece in self.held:
+            await self.held[piece].wait()
+        return piece, part(piece)
+
+    async def follow(self, url: str) -> AsyncIterator[int]:
+        if url not in self.has:
+            raise PeerError("gone")
+        yield self.has[url]
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
+
+async def downloaded(
+    network: Network,
+    directory: Path,
+    *,
+    peers: dict[str, str],
+    during: Callable[[], None] | None = None,
+) -> Download:
+    """The download of everything, which ends whole or not at all."""
+    store = PieceStore.open(directory, BLOB, MANIFEST)
+    blob = Blob(BLOB, manifest=MANIFEST, key=bytes(32), fd=store.fileno())
+    download = Download(blob, store, network, requests=4, rng=random.Random(1))
+    download.set_swarm(["http://seed"], peers)
+    try:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            running = group.create_task(download.run())
+            if during is not None:
+                for _ in range(200):
+                    await asyncio.sleep(0.001)
+                during()
+            await running
+        assert os.pread(store.fileno(), len(DATA) + 1, 0) == DATA
+        assert store.journaled == (1 << MANIFEST.count) - 1
+    finally:
+        store.close()
+    return download
+
+
+async def test_a_piece_of_the_seeds_choice_is_not_asked_for_by_name_while_it_is_on_its_way(
+    network: Network, tmp_path: Path
+) -> None:
+    last = MANIFEST.count - 1
+    network.held[last] = asyncio.Event()
+    download = await downloaded(network, tmp_path, peers={}, during=network.held[last].set)
+    assert network.chosen == list(range(MANIFEST.count))
+    assert network.asked == []
+    assert (download.received.from_seed, download.received.wasted) == (len(DATA), 0)
+
+
+async def test_what_a_peer_has_is_not_taken_from_the_seed_again(
+    network: Network, tmp_path: Path
+) -> None:
+    while network.seed.next("another", 0.0) is not None:
+        pass
+    network.has["http://peer"] = (1 << MANIFEST.count) - 1
+    download = await downloaded(network, tmp_path, peers={"peer": "http://peer"})
+    assert download.received.from_peers == len(DATA)
+    assert sorted(network.asked) == [("http://peer", piece) for piece in range(MANIFEST.count)]
+
+
+async def test_what_nobody_has_is_asked_of_a_seed_that_sent_it_all_once(
+    network: Network, tmp_path: Path
+) -> None:
+    while network.seed.next("dead", 0.0) is not None:
+        pass
+    download = await downloaded(network, tmp_path, peers={"dead": "http://dead"})
+    assert download.received.from_seed == len(DATA)
+    assert sorted(network.asked) == [("http://seed", piece) for piece in range(MANIFEST.count)]
+
+
+def lie(piece: int) -> bytearray:
+    return bytearray(MANIFEST.span(piece).length)
+
+
+def be_busy(piece: int) -> bytearray:
+    del piece
+    raise PeerBusyError(0)
+
+
+def lack(piece: int) -> bytearray:
+    del piece
+    raise PieceMissingError("absent")
+
+
+def fail(piece: int) -> bytearray:
+    del piece
+    raise PeerError("reset")
+
+
+@pytest.mark.parametrize("answer", [lie, be_busy, lack, fail])
+async def test_a_bad_peer_costs_little_and_a_good_one_makes_up_for_it(
+    network: Network, tmp_path: Path, answer: Callable[[int], bytearray]
+) -> None:
+    while network.seed.next("another", 0.0) is not None:
+        pass
+    everything = (1 << MANIFEST.count) - 1
+    network.has |= {"http://bad": everything, "http://good": everything}
+    network.answers["http://bad"] = answer
+    download = await downloaded(
+        network, tmp_path, peers={"bad": "http://bad", "good": "http://good"}
+    )
+    assert download.received.from_peers == len(DATA)
+    assert download.received.from_seed == 0
+    asked_of_bad = sum(url == "http://bad" for url, _ in network.asked)
+    assert asked_of_bad <= 2 * MANIFEST.count
+    assert download.banned == (["bad"] if answer is lie and asked_of_bad >= 3 else [])
+
+
+async def test_neighbours_that_come_and_go_to_the_very_end_do_no_harm(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PieceStore.flush
+
+    def slow_flush(store: PieceStore) -> None:
+        time.sleep(0.05)
+        real(store)
+
+    monkeypatch.setattr(PieceStore, "flush", slow_flush)
+    store = PieceStore.open(tmp_path, BLOB, MANIFEST)
+    blob = Blob(BLOB, manifest=MANIFEST, key=bytes(32), fd=store.fileno())
+    download = Download(blob, store, network, requests=4, rng=random.Random(1))
+    running = asyncio.create_task(download.run())
+    serial = 0
+    while not running.done():
+        serial += 1
+        download.set_swarm(["http://seed"], {f"host-{serial}": f"http://host-{serial}"})
+        await asyncio.sleep(0.001)
+    await running
+    assert store.journaled == (1 << MANIFEST.count) - 1
+    store.close()
