@@ -144,7 +144,8 @@ class CacheAgent:
                 try:
                     answer = await api.get("/v1/desired", host=self._host)
                     self._adopt(protocol.Desired.model_validate(answer), group, session)
-                    pause = self._settings.desired_seconds
+                    await self._discard_partials()
+                    pause = self._pause_seconds()
                 except (errors.HostlerError, ValueError) as exc:
                     log.warning("desired_unknown", reason=str(exc))
                     pause = min(5.0, self._settings.desired_seconds)
@@ -153,6 +154,28 @@ class CacheAgent:
                         await self._look_again.wait()
 
     # --- what is wanted
+
+    def _pause_seconds(self) -> float:
+        has_failed = any(work.state is HostState.ERROR for work in self._works.values())
+        seconds = self._settings.desired_seconds
+        return min(seconds, self._settings.retry_seconds) if has_failed else seconds
+
+    async def _discard_partials(self) -> None:
+        """What is left of images that are not wanted, or that are in place already, is gone."""
+        wanted = {
+            work.blob_id
+            for work in self._works.values()
+            if work.state not in (HostState.CACHED, HostState.EXISTING)
+        }
+        try:
+            discarded = await asyncio.to_thread(
+                pieces.discard_others, self._settings.target_dir, wanted
+            )
+        except OSError as exc:
+            log.warning("partials_kept", reason=exc.strerror)
+            return
+        if discarded:
+            log.info("partials_discarded", blob_ids=discarded)
 
     def _adopt(
         self, desired: protocol.Desired, group: asyncio.TaskGroup, session: aiohttp.ClientSession
@@ -168,6 +191,7 @@ class CacheAgent:
         for blob_id, image in wanted.items():
             known = self._works.get(blob_id)
             if known is not None and not self._is_due(known, now):
+                known.wanted = image  # with a token that lasts longer
                 continue
             work = self._works[blob_id] = _Work(image)
             work.task = group.create_task(self._keep(work, session), name=f"keep {blob_id}")

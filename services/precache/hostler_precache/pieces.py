@@ -17,6 +17,7 @@ import os
 import struct
 import threading
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final, Self
 
@@ -251,6 +252,26 @@ class PieceStore:
     def _record(self, piece: int) -> bytes:
         index = _RECORD.pack(piece)
         return index + _CRC.pack(zlib.crc32(self.manifest.root + index))
+
+
+def discard_others(directory: Path, wanted: Collection[str]) -> list[str]:
+    """Partial files of blobs that are not wanted here any more are gone; returns their ids.
+
+    A blob that another process has open is left to it.
+    """
+    discarded = []
+    for data in (directory / WORK_DIRECTORY).glob("*.part"):
+        if data.stem in wanted:
+            continue
+        with data.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            data.with_suffix(".journal").unlink(missing_ok=True)
+            data.unlink(missing_ok=True)
+            discarded.append(data.stem)
+    return sorted(discarded)
 
 
 def matching_pieces(fd: int, manifest: Manifest) -> int:

@@ -256,10 +256,20 @@ async def _program(
             stdout=output,
             stderr=output,
         )
+    # ends the wait at once, should the program end before it is ready
+    ending = asyncio.create_task(_ended(process, log))
     try:
-        await testing.wait_ready(url)
+        await testing.wait_ready(url, ending)
         yield Program(process=process, url=url, directory=directory, log=log)
     finally:
+        if not ending.cancel() and not ending.cancelled():
+            ending.exception()  # killed by the test, which knows
         if process.returncode is None:
             process.terminate()
             await process.wait()
+
+
+async def _ended(process: asyncio.subprocess.Process, log: Path) -> None:
+    code = await process.wait()
+    tail = (await asyncio.to_thread(log.read_text)).splitlines()[-3:]
+    raise RuntimeError(f"the program ended with {code}; its log ends with {tail}")

@@ -4,7 +4,6 @@
 hostler's own broker, where `vhost` may name another virtual host of it.
 """
 
-import re
 from typing import Annotated, ClassVar, Self
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -14,7 +13,7 @@ from hostler_common import settings
 from hostler_usage.envelope import MAX_BODY_BYTES
 
 CLOUD_EXCHANGES = ("nova", "cinder", "openstack", "glance", "neutron", "keystone")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
+_NAME = r"^[a-z0-9][a-z0-9_-]{0,40}$"
 
 
 class Source(BaseModel):
@@ -22,7 +21,7 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=_NAME.pattern, description="part of its queue's name")]
+    name: Annotated[str, Field(pattern=_NAME, description="part of its queue's name")]
     region: Annotated[str, Field(min_length=1, max_length=100)]
     url: SecretStr | None = Field(
         None, description="amqp(s)://...; hostler's own broker if absent"

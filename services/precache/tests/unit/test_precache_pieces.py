@@ -207,6 +207,18 @@ def test_too_little_room_is_said_before_anything_is_fetched(tmp_path: Path) -> N
         pieces.PieceStore.open(tmp_path, BLOB, MANIFEST, reserve_bytes=2 * free)
 
 
+def test_partial_files_that_nobody_wants_are_removed_unless_they_are_open(tmp_path: Path) -> None:
+    names = {number: BlobId(f"5a0e1d0e-0000-4000-8000-00000000000{number}") for number in "123"}
+    stores = {n: pieces.PieceStore.open(tmp_path, name, MANIFEST) for n, name in names.items()}
+    for number in "12":
+        stores[number].close()
+    assert pieces.discard_others(tmp_path, {names["1"]}) == [names["2"]]
+    stores["3"].close()
+    left = {file.stem for file in (tmp_path / ".precache").iterdir()}
+    assert left == {names["1"], names["3"]}
+    assert pieces.discard_others(tmp_path / "nowhere", set()) == []
+
+
 def test_two_stores_of_one_blob_exclude_each_other(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with pytest.raises(pieces.BusyError):
