@@ -58,7 +58,7 @@ check: setup ## the gate without the tests
 
 test: ## every test, on private servers that it starts itself
 	@scripts/bootstrap test
-	.venv/bin/pytest
+	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
 ci: check test ## what CI runs
 

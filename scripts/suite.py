@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,6 +172,7 @@ def start_servers(suite: Suite, say: demo_stage.Say) -> tuple[str, str]:
     )
     started_compose = False
     if amqp_url:
+        _must_answer(amqp_url, 5672, "RabbitMQ at AMQP_URL")
         say(f"RabbitMQ: the one at AMQP_URL ({urlsplit(amqp_url).hostname})")
     elif servers.RabbitMQ.is_installed():
         rabbitmq = servers.RabbitMQ(suite.directory / "rabbitmq")
@@ -186,6 +188,7 @@ def start_servers(suite: Suite, say: demo_stage.Say) -> tuple[str, str]:
         started_compose = True
         say("RabbitMQ: docker compose")
     if database_url:
+        _must_answer(database_url, 5432, "PostgreSQL at DATABASE_URL")
         say(f"PostgreSQL: the one at DATABASE_URL ({urlsplit(database_url).hostname})")
     elif servers.Postgres.binaries():
         postgres = servers.Postgres(suite.directory / "postgres", durable=True)
@@ -208,6 +211,15 @@ def start_servers(suite: Suite, say: demo_stage.Say) -> tuple[str, str]:
             " postgresql, or run as root on Debian, or start a Docker engine"
         )
     return amqp_url, database_url
+
+
+def _must_answer(url: str, default_port: int, what: str) -> None:
+    parts = urlsplit(url)
+    host, port = parts.hostname or "localhost", parts.port or default_port
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as exc:
+        raise SuiteFailed(f"{what} does not answer: {host}:{port}: {exc.strerror or exc}") from exc
 
 
 def _compose_up(suite: Suite, compose: list[str], service: str, port: int, address: str) -> str:

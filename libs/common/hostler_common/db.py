@@ -42,6 +42,12 @@ class DatabaseBusy(DatabaseUnavailable):
     code = "database.busy"
 
 
+class Unstorable(errors.Invalid):
+    """A text holds a NUL character, or a number is beyond the column's range."""
+
+    code = "request.unstorable"
+
+
 class MigrationError(errors.HostlerError):
     """The database's schema is not what this version of the service expects."""
 
@@ -68,16 +74,28 @@ _BUSY = (
 )
 
 
+_UNSTORABLE = (
+    asyncpg.CharacterNotInRepertoireError,
+    asyncpg.UntranslatableCharacterError,
+    asyncpg.NumericValueOutOfRangeError,
+)
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Inside, a database that is away is `DatabaseUnavailable`, and one whose rows are locked is `DatabaseBusy`.
 
-    Every other error passes unchanged.
+    A value that no column could hold is `Unstorable`. Every other error passes unchanged.
     """
     try:
         yield
     except _AWAY as exc:
         raise DatabaseUnavailable("the database cannot be reached") from exc
+    except asyncpg.DataError as exc:
+        # the class itself is asyncpg's own check of an argument; of its children, some are the statement's faults
+        if type(exc) is asyncpg.DataError or isinstance(exc, _UNSTORABLE):
+            raise Unstorable("a value is none that the database can hold") from exc
+        raise
     except _BUSY as exc:
         raise DatabaseBusy("another transaction is in the way") from exc
     except asyncpg.InvalidAuthorizationSpecificationError as exc:

@@ -10,6 +10,10 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from hostler_common import logs
+
+log = logs.get(__name__)
+
 CHECK_SECONDS = 1.0
 MISSED_BEATS = 3
 
@@ -62,6 +66,9 @@ class Health:
                     holds, detail = await outcome if inspect.isawaitable(outcome) else outcome
             except TimeoutError:
                 holds, detail = False, f"no answer within {CHECK_SECONDS:g} s"
+            except Exception as exc:  # a check that cannot say yes says no
+                log.exception("check_failed", check=name)
+                holds, detail = False, f"the check itself failed: {type(exc).__name__}"
             reports.append({"name": name, "status": "pass" if holds else "fail", "detail": detail})
         if self.draining:
             reports.append({"name": "draining", "status": "fail", "detail": "stopping"})

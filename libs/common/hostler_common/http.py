@@ -85,6 +85,9 @@ def create_app(
         title=title,
         version=version,
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: (
+            route.name
+        ),  # operation ids are the handlers' names
         openapi_url=None,
         docs_url=None,
         redoc_url=None,

@@ -44,6 +44,7 @@ SettingsDep = Annotated[Settings, http.state("settings")]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 _FRESH_SECONDS = 15.0
+_LONGEST_SECONDS = 366 * 86400
 
 
 # --- nodes
@@ -219,7 +220,11 @@ async def show_power(
     pool: PoolDep,
     max_age_seconds: Annotated[
         float | None,
-        Query(ge=0, description="look again if what is known is older, and wait for it"),
+        Query(
+            ge=0,
+            le=_LONGEST_SECONDS,
+            description="look again if what is known is older, and wait for it",
+        ),
     ] = None,
 ) -> PowerResource:
     """What is known of a node's power, and since when."""

@@ -6,6 +6,7 @@ refused is answered too, with the event `baremetal.operation.finished`.
 
 import uuid
 from collections.abc import Callable
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -16,6 +17,8 @@ from hostler_common import bus, db, logs, outbox
 from hostler_common import errors as common_errors
 
 log = logs.get(__name__)
+
+MALFORMED: Final = "baremetal.command.malformed"
 
 
 class Commands:
@@ -29,7 +32,7 @@ class Commands:
     async def handle(self, delivery: bus.Delivery) -> None:
         """Queues the command's operation, or answers that it is refused.
 
-        Raises Reject for a body that is no command; DatabaseUnavailable.
+        Raises Reject for what is no command, or holds what no column can; DatabaseUnavailable.
         """
         try:
             command = messages.Command.model_validate_json(delivery.body).root
@@ -38,13 +41,15 @@ class Commands:
                 f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
                 for error in exc.errors(include_input=False, include_url=False)
             )
-            raise bus.Reject(found, code="baremetal.command.malformed") from exc
+            raise bus.Reject(found, code=MALFORMED) from exc
         try:
             async with db.transaction(self._pool) as connection:
                 await self._queue(connection, command, delivery.app_id or "unknown")
         except (common_errors.Conflict, errors.NodeNotFound) as exc:
             await self._refuse(command, exc)
             return
+        except db.Unstorable as exc:
+            raise bus.Reject(exc.detail, code=MALFORMED) from exc
         self._wake()
 
     async def _queue(

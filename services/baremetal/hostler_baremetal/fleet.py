@@ -221,7 +221,7 @@ class _Actor:
                 async with self._handshakes:
                     connection = await stack.enter_async_context(
                         ipmi_client.connect(
-                            BmcAddress.parse(first.node.access.address),
+                            _address(first.node),
                             credentials,
                             timeout_seconds=self._pace.timeout_seconds,
                             suites=_suites(first.node),
@@ -315,6 +315,14 @@ class _Actor:
         return Credentials(
             username=access.username, password=password.decode(), group_key=group_key
         )
+
+
+def _address(node: Node) -> BmcAddress:
+    """The address of the node's BMC; one that was stored when more was taken for one may be none."""
+    try:
+        return BmcAddress.parse(node.access.address)
+    except ValueError as exc:
+        raise BmcUnreachable(f"{node.access.address}: {exc}") from exc
 
 
 def _access(node: Node) -> tuple[object, ...]:

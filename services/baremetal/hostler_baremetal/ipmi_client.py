@@ -55,6 +55,12 @@ class BmcAddress:
         port = DEFAULT_PORT if url.port is None else url.port  # ValueError above 65535
         if port == 0:
             raise ValueError("an address cannot have port 0")
+        if not url.hostname.isprintable() or " " in url.hostname:
+            raise ValueError("a host has neither spaces nor control characters")
+        try:
+            url.hostname.encode("idna")  # as every look-up of the name begins
+        except UnicodeError as exc:
+            raise ValueError("a part of the host's name is empty or too long") from exc
         return cls(host=url.hostname, port=port)
 
     def __str__(self) -> str:
@@ -278,7 +284,7 @@ async def connect(
             )
     except TimeoutError as exc:
         raise BmcTimeout(f"the name of {address} does not resolve in time") from exc
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: it is no name that can be looked up
         raise BmcUnreachable(f"{address} cannot be reached: {exc}") from exc
     try:
         login = _Login(
@@ -351,12 +357,21 @@ class _Login:
                     raise
             except SessionRefused as exc:
                 if exc.status == _INVALID_SESSION:
-                    silent += 1  # it has forgotten the half-open session: start over
+                    # it has forgotten the half-open session: start over, but not at once, in case it always says so
+                    silent += 1
+                    await self._pause(deadline)
                 elif exc.status == _NO_RESOURCES and len(remaining) > 1:
                     # some boards say so of a suite that they do not have
                     remaining.remove(suite)
                 else:
                     raise
+
+    async def _pause(self, deadline: float) -> None:
+        """Waits before the next try. Raises BmcTimeout when there is no time left for one."""
+        pause = self.timing.retransmit_seconds[0]
+        if asyncio.get_running_loop().time() + pause >= deadline:
+            raise BmcTimeout("the BMC forgets every session before it is open")
+        await asyncio.sleep(pause)
 
     async def _try(self, suite: rmcp.CipherSuite, silent: int, deadline: float) -> Session:
         """One try. Raises TimeoutError on silence; frees the BMC's slot whenever it fails."""

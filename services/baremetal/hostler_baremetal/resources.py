@@ -50,6 +50,11 @@ Suites = Annotated[
 ]
 Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Trait = Annotated[str, Field(min_length=1, max_length=255)]
+# bounded, since every report on the fleet carries them
+Traits = Annotated[list[Trait], Field(max_length=256)]
+ExtraSpecs = Annotated[
+    dict[Text, Annotated[str, Field(max_length=1024)]], Field(max_length=64)
+]
 
 
 class Request(BaseModel):
@@ -79,8 +84,8 @@ class NodeCreate(Request):
     local_gb: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     cpu_arch: Text | None = None
     zone: Text | None = None
-    traits: list[Trait] = []
-    extra_specs: dict[str, str] = {}
+    traits: Traits = []
+    extra_specs: ExtraSpecs = {}
     maintenance: bool = False
     maintenance_reason: Text | None = None
 
@@ -100,8 +105,8 @@ class NodeUpdate(Request):
     local_gb: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     cpu_arch: Text | None = None
     zone: Text | None = None
-    traits: list[Trait] | None = None
-    extra_specs: dict[str, str] | None = None
+    traits: Traits | None = None
+    extra_specs: ExtraSpecs | None = None
     maintenance: bool | None = None
     maintenance_reason: Text | None = None
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, Field
 
 from hostler_capacity import fit, store
@@ -21,7 +21,7 @@ from hostler_capacity.shapes import (
     PoolDep,
     model_view,
 )
-from hostler_common import auth, db, http
+from hostler_common import auth, db, errors, http
 from hostler_common.auth import Role
 
 router = APIRouter(prefix="/v1", dependencies=[auth.require(Role.READER)])
@@ -127,6 +127,21 @@ async def list_hosts(
 # --- flavors
 
 
+async def _whole_cloud(caller: auth.Caller) -> None:
+    """Let through who is not limited to projects: every project is placed by the same flavors.
+
+    Raises:
+        Forbidden: the caller is.
+    """
+    if caller.projects is not None:
+        raise errors.Forbidden(
+            f"flavors belong to no project, and {caller.name} may change what is its projects' only"
+        )
+
+
+_changes = [auth.require(Role.OPERATOR), Depends(_whole_cloud)]
+
+
 class NewFlavor(FlavorBody):
     """A flavor to create."""
 
@@ -191,7 +206,7 @@ async def list_flavors(pool: PoolDep, limit: Limit = 100, marker: str = "") -> F
     operation_id="create_flavor",
     tags=["flavors"],
     status_code=201,
-    dependencies=[auth.require(Role.OPERATOR)],
+    dependencies=_changes,
 )
 async def create_flavor(body: NewFlavor, pool: PoolDep) -> FlavorView:
     """Create a flavor; 409 `capacity.flavor.exists` where there is one of that name."""
@@ -210,7 +225,7 @@ async def show_flavor(name: str, pool: PoolDep) -> FlavorView:
     "/flavors/{name}",
     operation_id="replace_flavor",
     tags=["flavors"],
-    dependencies=[auth.require(Role.OPERATOR)],
+    dependencies=_changes,
 )
 async def replace_flavor(name: str, body: ChangedFlavor, pool: PoolDep) -> FlavorView:
     """Replace a flavor; claims keep what they took. 409 `capacity.flavor.changed` when too late."""
@@ -226,7 +241,7 @@ async def replace_flavor(name: str, body: ChangedFlavor, pool: PoolDep) -> Flavo
     operation_id="delete_flavor",
     tags=["flavors"],
     status_code=204,
-    dependencies=[auth.require(Role.OPERATOR)],
+    dependencies=_changes,
 )
 async def delete_flavor(name: str, pool: PoolDep) -> Response:
     """Delete a flavor; claims made with it stay."""

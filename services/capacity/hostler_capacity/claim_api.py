@@ -127,6 +127,19 @@ async def create_claim(
     ttl_seconds = body.ttl_seconds or settings.claim_ttl_seconds
     if ttl_seconds > settings.claim_ttl_seconds_max:
         raise errors.Invalid(f"ttl_seconds may be {settings.claim_ttl_seconds_max} at most")
+    replay = None
+    if idempotency_key is not None:
+        replay = Replay(
+            key=idempotency_key, caller=caller.name, request=body.model_dump(mode="json")
+        )
+    try:
+        wanted = await _wanted(body, pool)
+    except store.FlavorNotFound:
+        # a request that was granted is answered alike, whatever became of its flavor
+        earlier = await ledger.granted_before(replay) if replay is not None else None
+        if earlier is None:
+            raise
+        return _claim_view(earlier)
     wish = Wish(
         order=Order(
             claim_id=ClaimId(uuid4()),
@@ -135,15 +148,10 @@ async def create_claim(
             flavor=body.flavor,
             ttl=timedelta(seconds=ttl_seconds),
         ),
-        flavor=await _wanted(body, pool),
+        flavor=wanted,
         host=body.host,
         hypervisor_hostname=body.hypervisor_hostname,
     )
-    replay = None
-    if idempotency_key is not None:
-        replay = Replay(
-            key=idempotency_key, caller=caller.name, request=body.model_dump(mode="json")
-        )
     return _claim_view(await ledger.grant(wish, replay))
 
 

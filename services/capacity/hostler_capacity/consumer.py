@@ -4,6 +4,8 @@ A report that cannot be read is rejected to quarantine with its body. One that i
 before is a normal thing: it is counted and changes nothing.
 """
 
+from typing import Final
+
 from pydantic import ValidationError
 
 from hostler_capacity import messages, report_store
@@ -23,6 +25,10 @@ from hostler_common import bus, db, hosts, logs, outbox
 
 log = logs.get(__name__)
 
+MALFORMED: Final = "capacity.report.malformed"
+YEARS: Final = range(1970, 9999)
+"""What a host's clock can show; beyond that, times cannot be counted with."""
+
 
 class ReportConsumer:
     """Applies host reports to one database."""
@@ -36,15 +42,18 @@ class ReportConsumer:
         """The part is applied, or known not to count, when this returns.
 
         Raises:
-            Reject: the body is not a host report.
+            Reject: the body is not a host report, or holds what no column can.
             DatabaseUnavailable: nothing was applied.
         """
         try:
             body = hosts.HostReport.model_validate_json(delivery.body)
         except ValidationError as exc:
-            raise bus.Reject(_explain(exc), code="capacity.report.malformed") from exc
+            raise bus.Reject(_explain(exc), code=MALFORMED) from exc
         part = _part(body)
-        recorded = await self._record(part)
+        try:
+            recorded = await self._record(part)
+        except db.Unstorable as exc:
+            raise bus.Reject(exc.detail, code=MALFORMED) from exc
         self._metrics.report_parts.labels(recorded.admission).inc()
         self._metrics.nodes_moved.inc(recorded.moved)
         self._metrics.nodes_absent.inc(recorded.absent)
@@ -84,6 +93,8 @@ def _explain(exc: ValidationError) -> str:
 
 
 def _part(body: hosts.HostReport) -> Part:
+    if body.reported_at.year not in YEARS:
+        raise bus.Reject(f"reported_at: no clock shows {body.reported_at}", code=MALFORMED)
     return Part(
         host=body.host,
         report_id=body.report_id,

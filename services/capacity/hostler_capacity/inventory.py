@@ -126,10 +126,14 @@ def foreign(
     if node.guests is not None:
         covered = _by_consumer(live)
         for guest in node.guests:
+            cover = covered.get(guest.uuid, {})
             for name, amount in _price(guest, model).items():
                 listed[name] = listed.get(name, 0) + amount
-                excess = amount - covered.get(guest.uuid, {}).get(name, 0)
-                result[name] = result.get(name, 0) + max(0, excess)
+                # what covers one guest covers no second of the same uuid
+                spent = min(amount, cover.get(name, 0))
+                if spent:
+                    cover[name] -= spent
+                result[name] = result.get(name, 0) + amount - spent
     for name, used in node.used.items():
         known = listed.get(name)
         if known is None:

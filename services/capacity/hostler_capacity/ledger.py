@@ -138,14 +138,27 @@ class Ledger:
             log.info("claim_refused", flavor=wish.order.flavor, code=refusal.code)
             raise refusal
 
+    async def granted_before(self, replay: Replay) -> Claim | None:
+        """Return the claim that this request was granted already; None where it was not.
+
+        Raises:
+            KeyReused: the key was used for another request.
+        """
+        try:
+            async with db.transaction(self._pool) as connection:
+                earlier = await _begin(connection, replay)
+                if earlier is None:
+                    raise _NothingTakenError
+        except _NothingTakenError:  # which lets the key go
+            return None
+        return earlier
+
     async def _try(self, wish: Wish, replay: Replay | None) -> Claim:
         async with db.transaction(self._pool) as connection:
             if replay is not None:
-                stored = await idempotency.begin(
-                    connection, replay.key, caller=replay.caller, request=replay.request
-                )
-                if stored is not None:
-                    return await _must_get(connection, ClaimId(UUID(stored.body)))
+                earlier = await _begin(connection, replay)
+                if earlier is not None:
+                    return earlier
             if not await self._take_one(connection, wish):
                 raise _NothingTakenError
             granted = await _must_get(connection, wish.order.claim_id)
@@ -355,6 +368,14 @@ def _short(found: fit.NodeFit) -> Short:
         free=binding.free if binding else 0,
         need=binding.need if binding else 0,
     )
+
+
+async def _begin(connection: db.Connection, replay: Replay) -> Claim | None:
+    """Claim the key for this transaction; return what it was used for before, if it was."""
+    stored = await idempotency.begin(
+        connection, replay.key, caller=replay.caller, request=replay.request
+    )
+    return None if stored is None else await _must_get(connection, ClaimId(UUID(stored.body)))
 
 
 async def _must_get(connection: db.Connection, claim_id: ClaimId) -> Claim:

@@ -11,6 +11,7 @@ was reported as used, and nothing a claim holds has changed.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Final
 from uuid import UUID
 
 import asyncpg
@@ -25,6 +26,9 @@ from hostler_common import db
 
 # any number that no other lock of this schema uses
 IDENTITY_LOCK = 0x686F_7374
+
+MOST_FOREIGN: Final = 2**62
+"""More than any node has, and still a bigint with the claims added, whatever guests a host makes up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +67,15 @@ async def record(connection: db.Connection, part: Part, policy: Policy) -> Recor
     known = await _lock_known(connection, part)
     placed: list[tuple[NodeId, ReportedNode]] = []
     outdated = moved = 0
-    for node in sorted(part.nodes, key=lambda node: node.hypervisor_hostname):
+    # a row is one node's only, and those that say who they are choose first
+    for node in sorted(part.nodes, key=_choosing):
         row = _find(node, part.host, known)
         if row is not None and not report.is_newer(
             part.reported_at, row["reported_at"], row["received_at"], now=now, stale=policy.stale
         ):
             outdated += 1
             continue
+        known = [other for other in known if other is not row]
         moved += row is not None and row["host"] != part.host
         placed.append((await _place(connection, node, part, row, known), node))
     confirmed = await _count(connection, placed, part, policy)
@@ -172,21 +178,27 @@ def _find(node: ReportedNode, host: str, known: Iterable[asyncpg.Record]) -> asy
     return by_address
 
 
+def _choosing(node: ReportedNode) -> tuple[bool, str]:
+    return node.node_uuid is None, node.hypervisor_hostname
+
+
 async def _place(
     connection: db.Connection,
     node: ReportedNode,
     part: Part,
     row: asyncpg.Record | None,
-    known: Iterable[asyncpg.Record],
+    others: Iterable[asyncpg.Record],
 ) -> NodeId:
-    """Write the node's row at its address, and take the address from whoever had it."""
-    for other in known:
+    """Write the node's row at its address, and take the address from whoever had it.
+
+    `others` are the known rows that are no node's of this part so far.
+    """
+    for other in others:
         same_address = (other["host"], other["hypervisor_hostname"]) == (
             part.host,
             node.hypervisor_hostname,
         )
-        is_other = row is None or other["id"] != row["id"]
-        if same_address and is_other and other["absent_since"] is None:
+        if same_address and other["absent_since"] is None:
             await connection.execute(
                 "UPDATE node SET absent_since = now(), changed_in = pg_current_xact_id()"
                 " WHERE id = $1",
@@ -257,7 +269,7 @@ async def _count(
                 node.reserved.get(name, 0),
                 node.used.get(name, 0),
                 capacity,
-                taken.get(name, 0),
+                min(taken.get(name, 0), MOST_FOREIGN),
             )
             for name, capacity in limit.items()
         ]

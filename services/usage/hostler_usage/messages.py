@@ -26,6 +26,7 @@ def queue(source: Source) -> bus.Queue:
             for exchange in exchanges(source)
             for key in ROUTING_KEYS
         ),
+        max_body_bytes=None,  # the consumer's setting bounds it
     )
 
 
@@ -34,7 +35,7 @@ def replay_queue(source: Source) -> bus.Queue:
 
     What is replayed from quarantine arrives there, whichever broker it first came from.
     """
-    return bus.Queue(name=queue(source).name)
+    return bus.Queue(name=queue(source).name, max_body_bytes=None)
 
 
 def exchanges(source: Source) -> tuple[bus.Exchange, ...]:

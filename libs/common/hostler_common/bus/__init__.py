@@ -117,7 +117,7 @@ class Bus:
         if queue.is_quorum and subscription.quarantine is not None:
             self._add(
                 Subscription(
-                    queue=Queue(name=queue.dead_name),
+                    queue=Queue(name=queue.dead_name, max_body_bytes=None),
                     handler=dead_letter_handler(queue, subscription.quarantine),
                     quarantine=subscription.quarantine,
                     concurrency=1,

@@ -24,6 +24,7 @@ log = logs.get(__name__)
 decoding.install()
 
 BEGIN_SECONDS = 15.0
+NO_DELIVERY_LIMIT = 1_000_000_000
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 5.0
 
@@ -127,11 +128,11 @@ async def declare_exchange(connection: AbstractConnection, exchange: Exchange) -
         except ChannelNotFoundEntity:
             log.info("exchange_absent", exchange=exchange.name, durable=exchange.durable)
     channel = await connection.channel()
-    await declare_on(channel, exchange)
+    await _declare_on(channel, exchange)
     await channel.close()
 
 
-async def declare_on(channel: AbstractChannel, exchange: Exchange) -> None:
+async def _declare_on(channel: AbstractChannel, exchange: Exchange) -> None:
     """The exchange exists as described; one that exists otherwise closes the channel."""
     await channel.declare_exchange(
         exchange.name,
@@ -152,7 +153,10 @@ async def declare_queue(channel: AbstractChannel, queue: Queue) -> AbstractQueue
             "x-dead-letter-routing-key": queue.dead_name,
         }
         await channel.declare_queue(
-            queue.dead_name, durable=True, arguments={"x-queue-type": "quorum"}
+            queue.dead_name,
+            durable=True,
+            # RabbitMQ 4 has a limit of 20 where none is said, and behind this queue is nothing
+            arguments={"x-queue-type": "quorum", "x-delivery-limit": NO_DELIVERY_LIMIT},
         )
         for delay in queue.retry_delays_seconds:
             await channel.declare_queue(

@@ -207,7 +207,14 @@ class Consumer:
         self._metrics.deliveries.labels(self.queue.name, "ok").inc(len(received))
 
     async def _handle(self, received: list[Received]) -> None:
-        """Run the handler, waiting in place while a server that it needs is away."""
+        """Run the handler, waiting in place while a server that it needs is away.
+
+        Raises:
+            Reject: a body is larger than any that is meant.
+        """
+        limit = self.queue.max_body_bytes
+        if limit is not None and any(len(one.delivery.body) > limit for one in received):
+            raise Reject(f"a body may have {limit} bytes", code="message.too_large")
         pause = FIRST_PAUSE_SECONDS
         trace = logs.valid_traceparent(received[0].delivery.headers.get("traceparent"))
         logs.traceparent.set(trace or logs.new_traceparent())

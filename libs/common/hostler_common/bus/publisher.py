@@ -7,7 +7,7 @@ from typing import cast
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, HeadersType
-from aio_pika.exceptions import DeliveryError, PublishError
+from aio_pika.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 from pydantic import SecretStr
 
 from hostler_common import errors
@@ -16,7 +16,6 @@ from hostler_common.bus.connection import (
     BrokerUnavailable,
     Link,
     declare_exchange,
-    declare_on,
     explain,
 )
 from hostler_common.bus.delivery import ATTEMPT_HEADER, Delivery, replaying
@@ -27,7 +26,7 @@ PUBLISH_SECONDS = 30.0
 
 
 class Unroutable(errors.HostlerError):
-    """A mandatory message found no queue."""
+    """A mandatory message found no queue, or its exchange exists with other arguments than ours."""
 
     code = "broker.unroutable"
 
@@ -47,6 +46,7 @@ class Publisher:
         self._exchanges = {exchange.name: exchange for exchange in exchanges}
         self._metrics = metrics
         self._link = Link(url, name=name, connected=metrics.connected, role=role)
+        self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
 
     @property
@@ -64,7 +64,7 @@ class Publisher:
                 await declare_exchange(connection, exchange)
         channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
         channel.close_callbacks.add(self._link.broken)
-        self._channel = channel
+        self._connection, self._channel = connection, channel
 
     async def publish(self, message: Message) -> None:
         """The broker has taken the message when this returns.
@@ -106,7 +106,7 @@ class Publisher:
             raise BrokerUnavailable(f"the broker cannot be reached: {self._link.detail}")
         exchange = self._exchanges.get(message.exchange)
         if exchange is not None and exchange.declare_on_publish:
-            await declare_on(channel, exchange)
+            await self._declare_again(exchange)
         target = (
             await channel.get_exchange(message.exchange, ensure=False)
             if message.exchange
@@ -127,6 +127,14 @@ class Publisher:
             message.routing_key,
             mandatory=message.mandatory,
         )
+
+    async def _declare_again(self, exchange: Exchange) -> None:
+        """Declare on a channel of its own: one that the broker refuses would take the other messages along."""
+        assert self._connection is not None
+        try:
+            await declare_exchange(self._connection, exchange)
+        except ChannelPreconditionFailed as exc:
+            raise Unroutable(f"exchange {exchange.name!r}: {explain(exc)}") from exc
 
     async def retry(self, queue: Queue, delivery: Delivery) -> bool:
         """Put the delivery on its next rung of the ladder; False if it has used them all."""

@@ -15,6 +15,8 @@ from pydantic import BaseModel
 
 from hostler_common import logs
 
+MAX_BODY_BYTES = 4 * 1024 * 1024
+
 
 class Declare(StrEnum):
     """How an exchange comes to be."""
@@ -64,6 +66,9 @@ class Queue:
     expires_ms: int | None = None
     retry_delays_seconds: tuple[int, ...] = (5, 30, 120)
     delivery_limit: int = 20
+    max_body_bytes: int | None = (
+        MAX_BODY_BYTES  # a larger body is quarantined; None: the handler bounds it
+    )
 
     @property
     def is_quorum(self) -> bool:

@@ -61,8 +61,6 @@ async def pool(
     await db.migrate(postgres.url, schema=schema, package=example_package)
     async with db.open_pool(postgres.url, schema=schema) as opened:
         yield opened
-        async with db.connection(opened) as connection:
-            await connection.execute(f"DROP SCHEMA {schema} CASCADE")
 
 
 @dataclass

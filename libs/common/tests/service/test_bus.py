@@ -7,6 +7,8 @@ from typing import Any
 
 import aio_pika
 import pytest
+from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
 
 from hostler_common import bus, errors, servers
 from hostler_common.testing import eventually, open_bus
@@ -90,6 +92,23 @@ async def test_a_rejected_message_is_in_quarantine_with_its_body_and_acked(amqp_
     assert delivery.body == b"\x00 not json"
     assert (code, reason) == ("example.malformed", "not json")
     assert await depth(amqp_url, "work") == 0
+
+
+async def test_a_body_over_the_queues_limit_never_reaches_the_handler(amqp_url: str) -> None:
+    kept = Kept()
+    got: asyncio.Queue[bus.Delivery] = asyncio.Queue()
+    small = queue(max_body_bytes=100)
+
+    async def quarantined() -> bool:
+        return len(kept.rows) == 1
+
+    async with open_bus(amqp_url, subscribe(got.put, kept=kept, of=small)) as opened:
+        await opened.publish_many([message("x" * 101), message("x" * 100)])
+        await eventually(quarantined)
+        assert len((await asyncio.wait_for(got.get(), 10)).body) == 100
+    delivery, code, _ = kept.rows[0]
+    assert code == "message.too_large"
+    assert len(delivery.body) == 101
 
 
 async def test_a_failing_message_climbs_the_ladder_and_ends_in_quarantine(amqp_url: str) -> None:
@@ -334,13 +353,37 @@ async def test_a_foreign_exchange_is_taken_as_it_stands(amqp_url: str) -> None:
             assert (await asyncio.wait_for(got.get(), 10)).exchange == name
 
 
+async def test_an_exchange_that_exists_otherwise_holds_up_no_other_message(amqp_url: str) -> None:
+    connection = await aio_pika.connect(amqp_url)
+    async with connection:
+        channel = await connection.channel()
+        await channel.declare_exchange("fan", "fanout", durable=True)
+    ours = bus.Exchange(
+        name="fan", type="fanout", durable=False, auto_delete=True, declare_on_publish=True
+    )
+    opened = bus.Bus(
+        SecretStr(amqp_url),
+        name="test",
+        metrics=bus.BusMetrics(CollectorRegistry()),
+        exchanges=(EVENTS, ours),
+    )
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(opened.run())
+        await opened.wait_up(20)
+        mismatched = bus.Message(exchange="fan", routing_key="", body=b"x", message_id="1")
+        outcomes = await asyncio.gather(
+            *(opened.publish(one) for one in (message("a"), mismatched, message("b"))),
+            return_exceptions=True,
+        )
+        assert [type(outcome) for outcome in outcomes] == [type(None), bus.Unroutable, type(None)]
+        assert "fan" in str(outcomes[1])
+        assert opened.is_up
+        running.cancel()
+
+
 async def test_a_lasting_queue_needs_a_quarantine() -> None:
-    from prometheus_client import CollectorRegistry
-    from pydantic import SecretStr
-
-    from hostler_common.bus import Bus, BusMetrics
-
-    opened = Bus(SecretStr("amqp://nowhere/"), name="x", metrics=BusMetrics(CollectorRegistry()))
+    metrics = bus.BusMetrics(CollectorRegistry())
+    opened = bus.Bus(SecretStr("amqp://nowhere/"), name="x", metrics=metrics)
     with pytest.raises(ValueError, match="needs a quarantine"):
         opened.consume(
             bus.Subscription(

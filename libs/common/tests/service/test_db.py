@@ -291,3 +291,14 @@ async def test_the_pool_works_again_after_the_server_was_stopped_and_killed(
         async with db.connection(pool) as connection:
             rows = await connection.fetch("SELECT message_id FROM handled ORDER BY 1")
     assert [row["message_id"] for row in rows] == ["after kill", "after stop", "before"]
+
+
+@pytest.mark.parametrize("value", ["a\0b", 2**70])
+async def test_a_value_that_no_column_holds_is_refused_as_the_callers(
+    database_url: str, value: object
+) -> None:
+    kind = "text" if isinstance(value, str) else "bigint"
+    async with db.open_pool(database_url, schema="public") as pool:
+        with pytest.raises(db.Unstorable):
+            async with db.transaction(pool) as connection:
+                await connection.fetchval(f"SELECT $1::{kind}", value)

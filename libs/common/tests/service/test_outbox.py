@@ -202,11 +202,12 @@ async def test_a_flush_waits_for_the_turn_at_hand_and_leaves_nothing(
         running = asyncio.create_task(working.run())
         await in_turn.wait()
         flushing = asyncio.create_task(working.flush())
-        await asyncio.sleep(0.2)  # time in which a flush that does not wait would end
-        assert not flushing.done()
+        # time in which a flush that does not wait would end
+        ended_early, _ = await asyncio.wait([flushing], timeout=0.2)
         go_on.set()
         await flushing
         running.cancel()
+    assert not ended_early
     assert await rows(pool) == 0
     assert len(await inbox.take()) == 1
 

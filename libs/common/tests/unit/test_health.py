@@ -82,3 +82,14 @@ async def test_a_process_that_stops_is_alive_and_not_ready() -> None:
     ready, reports = await checked.ready()
     assert not ready
     assert reports == [{"name": "draining", "status": "fail", "detail": "stopping"}]
+
+
+async def test_a_check_that_fails_itself_says_no_and_takes_nothing_down() -> None:
+    def broken() -> tuple[bool, str]:
+        raise ValueError("a bug")
+
+    checked = Health()
+    checked.check("broken", broken)
+    ready, reports = await checked.ready()
+    assert not ready
+    assert reports[0]["detail"] == "the check itself failed: ValueError"

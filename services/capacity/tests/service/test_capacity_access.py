@@ -65,6 +65,12 @@ async def test_projects_see_and_claim_only_their_own(
         for forbidden in (red.post("/v1/claims", wish), reader.post("/v1/claims", wish)):
             with pytest.raises(errors.Forbidden):
                 await forbidden
+        flavor = {"name": "mine", "memory_mb": 1, "vcpus": 1}
+        await admin.post("/v1/flavors", {**flavor, "name": "everybody's"})
+        everybodys = "/v1/flavors/everybody's"
+        for forbidden in (blue.post("/v1/flavors", flavor), blue.delete(everybodys)):
+            with pytest.raises(errors.Forbidden):
+                await forbidden
         with pytest.raises(errors.Unauthenticated):
             await service.api.get("/v1/hosts")
         seen = [

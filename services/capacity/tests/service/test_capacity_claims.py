@@ -204,6 +204,17 @@ async def test_a_key_of_another_request_is_refused(capacity: Any, node: Any) -> 
     assert refused.value.code == "request.idempotency_key_reused"
 
 
+async def test_a_claim_is_replayed_though_its_flavor_is_gone(capacity: Any, node: Any) -> None:
+    await capacity.reporter.report(node())
+    await capacity.shows("hv1", limit=8192)
+    await capacity.flavor()
+    granted = await capacity.claim(key="k", flavor="m1.small")
+    await capacity.api.delete("/v1/flavors/m1.small")
+    assert await capacity.claim(key="k", flavor="m1.small") == granted
+    with pytest.raises(errors.NotFound):
+        await capacity.claim(key="another", flavor="m1.small")
+
+
 async def test_a_refused_claim_does_not_use_up_its_key(capacity: Any, node: Any) -> None:
     await capacity.flavor()
     await capacity.reporter.report(node(memory_mb=1024))

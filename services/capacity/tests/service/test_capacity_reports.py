@@ -32,6 +32,13 @@ def metal(name: str = "node-1", **values: Any) -> hosts.NodeRecord:
     )
 
 
+def unusual(reported_at: str = "2026-01-01T00:00:00Z", **values: Any) -> bytes:
+    """A report on one node, on the wire."""
+    node = metal().model_dump(mode="json") | values
+    report = {"host": "h", "report_id": MACHINE, "reported_at": reported_at, "nodes": [node]}
+    return json.dumps(report).encode()
+
+
 async def parts_seen(capacity: Any, admission: str, count: int) -> None:
     """Wait until that many parts were admitted that way."""
 
@@ -84,7 +91,7 @@ async def test_only_a_whole_report_marks_nodes_absent(capacity: Any) -> None:
     await eventually(lambda: _is(count, 450))
 
 
-async def _is(count: Any, wanted: int) -> bool:
+async def _is(count: Any, wanted: object) -> bool:
     return bool(await count() == wanted)
 
 
@@ -202,6 +209,26 @@ async def test_another_machine_at_the_same_address_is_another_node(capacity: Any
     assert shown["node_uuid"] == other
 
 
+async def test_machines_that_change_places_are_both_still_there(capacity: Any) -> None:
+    first, second = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
+
+    def at() -> Any:
+        async def places() -> dict[str, str]:
+            nodes = await capacity.hosts()
+            return {name: node["node_uuid"] for name, node in nodes.items()}
+
+        return places
+
+    report = capacity.reporter.report
+    await report(metal("a", node_uuid=first), metal("b", node_uuid=second), host="proxy")
+    await eventually(lambda: _is(at(), {"a": first, "b": second}))
+    await report(metal("a", node_uuid=second), metal("b", node_uuid=first), host="proxy")
+    await eventually(lambda: _is(at(), {"a": second, "b": first}))
+    # a nameless one at the address that a named one leaves is not the named one
+    await report(metal("a", node_uuid=None), metal("c", node_uuid=second), host="proxy")
+    await eventually(lambda: _is(at(), {"a": None, "c": second}))
+
+
 async def test_a_silent_host_takes_no_claims_and_its_clock_cannot_hide_it(
     run_service: RunService, amqp_url: str, node: Any
 ) -> None:
@@ -266,6 +293,10 @@ async def _equals(ask: Any, wanted: str) -> bool:
             b' "00000000-0000-0000-0000-000000000001", "nodes": []}',
             "reported_at: Input should have timezone info",
         ),
+        (unusual(zone="a\0b"), "none that the database can hold"),
+        (unusual(traits=["\0"]), "none that the database can hold"),
+        (unusual("0001-01-01T00:00:00Z"), "no clock shows"),
+        (unusual("9999-12-31T23:59:59-14:00"), "no clock shows"),
     ],
 )
 async def test_a_report_that_cannot_be_read_is_quarantined_with_its_body(

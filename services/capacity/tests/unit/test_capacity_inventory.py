@@ -172,3 +172,10 @@ def test_claimed_and_foreign_together_never_understate_what_is_reported(
     )
     claimed_mb = sum(each.vector[resources.MEMORY_MB] for each in live)
     assert claimed_mb + found[resources.MEMORY_MB] >= listed_mb
+
+
+def test_a_guest_that_is_listed_twice_is_covered_once() -> None:
+    guest = Guest(uuid=OURS, memory_mb=2048, vcpus=1)
+    price = 2048 + MODEL.price_mb(2048, 1)
+    node = reported(guests=[guest, guest], used=(2 * price, 2, 0))
+    assert foreign(node, claim_of(OURS, price)) == {MEMORY_MB: price, VCPUS: 1, DISK_GB: 0}
