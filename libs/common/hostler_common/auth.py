@@ -314,10 +314,11 @@ def _same_origin(request: Request) -> None:
 
 
 class Require:
-    """A dependency that lets a role through and gives its principal."""
+    """A dependency that lets a role through and gives its principal; see `require`."""
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Role, *, every_project: bool) -> None:
         self.role = role
+        self.every_project = every_project
 
     async def __call__(self, request: Request) -> Principal:
         """The caller, who has the role."""
@@ -325,6 +326,10 @@ class Require:
         if not principal.has(self.role):
             raise errors.Forbidden(
                 f"this needs the role {self.role}; {principal.name} is {principal.role}"
+            )
+        if self.every_project and principal.projects is not None:
+            raise errors.Forbidden(
+                f"this belongs to no project, and {principal.name} may see its projects only"
             )
         request.state.principal = principal
         return principal
@@ -334,9 +339,12 @@ async def public() -> None:
     """A dependency that says: everybody may."""
 
 
-def require(role: Role) -> Any:  # noqa: ANN401  what fastapi.Depends returns
-    """The dependency of a route, or of a router, that only ``role`` may use."""
-    return Depends(Require(role))
+def require(role: Role, *, every_project: bool = False) -> Any:  # noqa: ANN401  what fastapi.Depends returns
+    """The dependency of a route, or of a router, that only ``role`` may use.
+
+    With ``every_project``, only callers that are not limited to some projects: the thing belongs to none.
+    """
+    return Depends(Require(role, every_project=every_project))
 
 
 def _principal(request: Request) -> Principal:

@@ -220,7 +220,7 @@ def _quarantine_page(package: str) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     pages = Pages(package)
 
-    @router.get("/quarantine", dependencies=[auth.require(auth.Role.OPERATOR)])
+    @router.get("/quarantine", dependencies=[auth.require(auth.Role.OPERATOR, every_project=True)])
     async def quarantine(request: Request) -> HTMLResponse:
         store = request.state.quarantine
         return pages.render(

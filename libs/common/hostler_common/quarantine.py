@@ -195,7 +195,11 @@ def _entry(row: asyncpg.Record) -> dict[str, Any]:
     return {**dict(row), "message_id": row["properties"].get("message_id")}
 
 
-@router.get("", operation_id="list_quarantine", dependencies=[auth.require(auth.Role.OPERATOR)])
+@router.get(
+    "",
+    operation_id="list_quarantine",
+    dependencies=[auth.require(auth.Role.OPERATOR, every_project=True)],
+)
 async def list_quarantine(
     quarantine: QuarantineDep,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -210,7 +214,9 @@ async def list_quarantine(
 
 
 @router.get(
-    "/{entry_id}", operation_id="show_quarantined", dependencies=[auth.require(auth.Role.OPERATOR)]
+    "/{entry_id}",
+    operation_id="show_quarantined",
+    dependencies=[auth.require(auth.Role.OPERATOR, every_project=True)],
 )
 async def show_quarantined(entry_id: int, quarantine: QuarantineDep) -> EntryWithBody:
     """One quarantined message with the beginning of its body."""
@@ -233,7 +239,7 @@ async def show_quarantined(entry_id: int, quarantine: QuarantineDep) -> EntryWit
 @router.get(
     "/{entry_id}/body",
     operation_id="download_quarantined",
-    dependencies=[auth.require(auth.Role.OPERATOR)],
+    dependencies=[auth.require(auth.Role.OPERATOR, every_project=True)],
     response_class=Response,
 )
 async def download_quarantined(entry_id: int, quarantine: QuarantineDep) -> Response:
@@ -246,7 +252,7 @@ async def download_quarantined(entry_id: int, quarantine: QuarantineDep) -> Resp
     "/{entry_id}/replay",
     operation_id="replay_quarantined",
     status_code=202,
-    dependencies=[auth.require(auth.Role.OPERATOR)],
+    dependencies=[auth.require(auth.Role.OPERATOR, every_project=True)],
 )
 async def replay_quarantined(entry_id: int, quarantine: QuarantineDep) -> None:
     """Hand the message to its queue again, as a first attempt."""
@@ -257,7 +263,7 @@ async def replay_quarantined(entry_id: int, quarantine: QuarantineDep) -> None:
     "/{entry_id}",
     operation_id="discard_quarantined",
     status_code=204,
-    dependencies=[auth.require(auth.Role.ADMIN)],
+    dependencies=[auth.require(auth.Role.ADMIN, every_project=True)],
 )
 async def discard_quarantined(entry_id: int, quarantine: QuarantineDep) -> None:
     """Forget the message."""

@@ -7,10 +7,9 @@ import asyncio
 import uuid
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Query, Response
 
 from hostler_baremetal import errors, messages, operation_store, store
-from hostler_baremetal.access import whole_fleet
 from hostler_baremetal.credentials import Vault
 from hostler_baremetal.executor import Executor, timeout_of
 from hostler_baremetal.idempotent import once
@@ -33,7 +32,7 @@ from hostler_common import auth, bus, db, http, idempotency, outbox
 from hostler_common.auth import Role
 
 router = APIRouter(
-    prefix="/v1", dependencies=[auth.require(Role.READER), Depends(whole_fleet)], tags=["nodes"]
+    prefix="/v1", dependencies=[auth.require(Role.READER, every_project=True)], tags=["nodes"]
 )
 changes = [auth.require(Role.OPERATOR)]
 

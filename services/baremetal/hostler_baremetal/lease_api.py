@@ -3,10 +3,9 @@
 import uuid
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Query, Response
 
 from hostler_baremetal import errors, leases, messages, store
-from hostler_baremetal.access import whole_fleet
 from hostler_baremetal.idempotent import once
 from hostler_baremetal.node import Lease, Node
 from hostler_baremetal.resources import LeaseRequest, LeaseResource
@@ -15,7 +14,7 @@ from hostler_common import errors as common_errors
 from hostler_common.auth import Role
 
 router = APIRouter(
-    prefix="/v1", dependencies=[auth.require(Role.READER), Depends(whole_fleet)], tags=["leases"]
+    prefix="/v1", dependencies=[auth.require(Role.READER, every_project=True)], tags=["leases"]
 )
 changes = [auth.require(Role.OPERATOR)]
 

@@ -2,17 +2,16 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 from hostler_baremetal import operation_store, store
-from hostler_baremetal.access import whole_fleet
 from hostler_common import auth, db, http
 from hostler_common.auth import Role
 from hostler_common.pages import Pages
 
 router = APIRouter(
-    include_in_schema=False, dependencies=[auth.require(Role.READER), Depends(whole_fleet)]
+    include_in_schema=False, dependencies=[auth.require(Role.READER, every_project=True)]
 )
 _pages = Pages("hostler_baremetal")
 

@@ -35,7 +35,7 @@ def _suites(value: list[int]) -> list[int]:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\s/\x00-\x1f\x7f]+$")]
-Text = Annotated[str, Field(min_length=1, max_length=255)]
+Text = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00]+$")]
 Address = Annotated[
     str,
     Field(max_length=300, description="ipmi://host or ipmi://host:port"),
@@ -49,11 +49,11 @@ Suites = Annotated[
     AfterValidator(_suites),
 ]
 Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
-Trait = Annotated[str, Field(min_length=1, max_length=255)]
 # bounded, since every report on the fleet carries them
-Traits = Annotated[list[Trait], Field(max_length=256)]
+Traits = Annotated[list[Text], Field(max_length=256)]
 ExtraSpecs = Annotated[
-    dict[Text, Annotated[str, Field(max_length=1024)]], Field(max_length=64)
+    dict[Text, Annotated[str, Field(max_length=1024, pattern=r"^[^\x00]*$")]],
+    Field(max_length=64),
 ]
 
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from hostler_capacity import fit, store
@@ -21,7 +21,7 @@ from hostler_capacity.shapes import (
     PoolDep,
     model_view,
 )
-from hostler_common import auth, db, errors, http
+from hostler_common import auth, db, http
 from hostler_common.auth import Role
 
 router = APIRouter(prefix="/v1", dependencies=[auth.require(Role.READER)])
@@ -127,19 +127,8 @@ async def list_hosts(
 # --- flavors
 
 
-async def _whole_cloud(caller: auth.Caller) -> None:
-    """Let through who is not limited to projects: every project is placed by the same flavors.
-
-    Raises:
-        Forbidden: the caller is.
-    """
-    if caller.projects is not None:
-        raise errors.Forbidden(
-            f"flavors belong to no project, and {caller.name} may change what is its projects' only"
-        )
-
-
-_changes = [auth.require(Role.OPERATOR), Depends(_whole_cloud)]
+# every project is placed by the same flavors
+_changes = [auth.require(Role.OPERATOR, every_project=True)]
 
 
 class NewFlavor(FlavorBody):

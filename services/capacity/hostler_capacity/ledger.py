@@ -144,14 +144,13 @@ class Ledger:
         Raises:
             KeyReused: the key was used for another request.
         """
-        try:
-            async with db.transaction(self._pool) as connection:
-                earlier = await _begin(connection, replay)
-                if earlier is None:
-                    raise _NothingTakenError
-        except _NothingTakenError:  # which lets the key go
-            return None
-        return earlier
+        async with db.connection(self._pool) as connection:
+            looking = connection.transaction()
+            await looking.start()
+            try:
+                return await _begin(connection, replay)
+            finally:
+                await looking.rollback()  # which lets the key go
 
     async def _try(self, wish: Wish, replay: Replay | None) -> Claim:
         async with db.transaction(self._pool) as connection:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import aiohttp
 
@@ -31,7 +31,7 @@ class HttpFetcher:
     @asynccontextmanager
     async def open(self, image: Image) -> AsyncIterator[Source]:
         """The stream of the URL; see `plugins.Fetcher`."""
-        if urlsplit(image.location).scheme not in ("http", "https"):
+        if not image.location.lower().startswith(("http://", "https://")):
             raise SourceError("source.invalid", "location is not an http or https URL")
         async with _stream(self._session, image.location, headers={}) as source:
             yield source
@@ -107,7 +107,8 @@ async def _stream(
             if response.status != 200:
                 raise _refused(response.status)
             yield Source(size_bytes=response.content_length, chunks=_chunks(response))
-    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as exc:
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError) as exc:
+        # UnicodeError: a name that no resolver takes, as one with a label of 70 characters
         raise SourceError("source.invalid", "location is not a URL that can be asked") from exc
     except (aiohttp.ClientError, TimeoutError) as exc:
         raise SourceError(

@@ -159,7 +159,7 @@ class Pipeline:
                     progress=progress,
                 )
                 renewing.cancel()
-        except* (SourceError, pieces.PieceStoreError, UnknownPluginError) as failures:
+        except* Exception as failures:  # a fetcher is a plugin: it may raise whatever it likes
             await self._failed(task, _first(failures))
         if fetched is None:
             return
@@ -196,8 +196,11 @@ class Pipeline:
                 reason, is_transient = exc.reason, exc.is_transient
             case pieces.PieceStoreError():
                 reason, is_transient = exc.reason, False
-            case _:
+            case UnknownPluginError():
                 reason, is_transient = "fetcher.unknown", False
+            case _:
+                reason, is_transient = "fetcher.failed", False
+                log.error("fetcher_failed", image_id=task.image.image_id, exc_info=exc)
         self._metrics.fetches.labels(reason).inc()
         retry = None
         if is_transient and task.attempts < self._settings.fetch_attempts:

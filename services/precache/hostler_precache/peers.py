@@ -93,7 +93,7 @@ class HttpPeerClient:
                 if _content_range(response) != span:
                     raise PeerError("the peer sent another range than it was asked for")
                 return await _read(response, span.length)
-        except (aiohttp.ClientError, TimeoutError) as exc:
+        except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
             raise PeerError(type(exc).__name__) from exc
 
     async def fetch_next(
@@ -114,7 +114,7 @@ class HttpPeerClient:
                 if not 0 <= piece < self._manifest.count or span != self._manifest.span(piece):
                     raise PeerError("the seed sent what is not a piece")
                 return piece, await _read(response, span.length)
-        except (aiohttp.ClientError, TimeoutError) as exc:
+        except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
             raise PeerError(type(exc).__name__) from exc
 
     async def follow(self, url: str) -> AsyncIterator[int]:
@@ -130,7 +130,7 @@ class HttpPeerClient:
                 async for line in response.content:
                     if line.strip():
                         yield self._pieces(line)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
+        except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as exc:
             raise PeerError(f"{type(exc).__name__}: {exc}") from exc
 
     def _pieces(self, line: bytes) -> int:

@@ -44,7 +44,7 @@ def verify(token: str, key: bytes, *, blob_id: str, now: float) -> Grant:
         TokenError: malformed, not signed with this key, for another blob, or expired.
     """
     parts = token.split(".")
-    if len(token) > _MAX_TOKEN_CHARACTERS or len(parts) != 4:
+    if len(token) > _MAX_TOKEN_CHARACTERS or len(parts) != 4 or not token.isascii():
         raise TokenError("the token is malformed")
     blob, distribution, expires, mac = parts
     try:

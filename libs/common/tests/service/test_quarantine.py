@@ -57,7 +57,10 @@ def opened(serving: Any, tmp_path: Path, kept: quarantine.Quarantine) -> Opened:
 
     @asynccontextmanager
     async def run() -> AsyncIterator[dict[str, httpx.AsyncClient]]:
-        tokens = {role: auth.new_token(name=f"my-{role}", role=role) for role in auth.Role}
+        tokens = {str(role): auth.new_token(name=f"my-{role}", role=role) for role in auth.Role}
+        tokens["one project's admin"] = auth.new_token(
+            name="limited", role=auth.Role.ADMIN, projects="p1"
+        )
         (tmp_path / "tokens").write_text("\n".join(line for _, line in tokens.values()))
         loaded = settings.load(
             Example,
@@ -74,7 +77,7 @@ def opened(serving: Any, tmp_path: Path, kept: quarantine.Quarantine) -> Opened:
         )
         async with serving(app, loaded) as client:
             clients = {
-                role.value: httpx.AsyncClient(
+                role: httpx.AsyncClient(
                     base_url=client.base_url,
                     headers={"Authorization": f"Bearer {token}"},
                     trust_env=False,
@@ -180,7 +183,7 @@ async def test_reading_and_replaying_need_an_operator_and_discarding_an_admin(
     entry = await put(kept, delivery())
     path = f"/v1/quarantine/{entry}"
     async with opened() as clients:
-        for role in ("reader", "agent"):
+        for role in ("reader", "agent", "one project's admin"):
             for method, where in (
                 ("GET", "/v1/quarantine"),
                 ("GET", path),

@@ -182,6 +182,17 @@ async def test_every_failure_is_one_of_the_services_errors_and_the_next_call_is_
                 await fleet.control(node, ChassisAction.POWER_UP)
 
 
+async def test_an_address_that_is_none_fails_its_own_node_alone(bmc: SimulatedBmc) -> None:
+    async with running() as fleet:
+        node, lost = node_of(bmc), node_of(bmc)
+        access = dataclasses.replace(lost.access, address="ipmi://bmc..example.org:623")
+        lost = dataclasses.replace(lost, access=access)
+        for _ in range(2):
+            with pytest.raises(errors.BmcUnreachable):
+                await read(fleet, lost)
+        assert await read(fleet, node) is PowerState.OFF
+
+
 async def test_credentials_of_another_node_do_not_open(bmc: SimulatedBmc) -> None:
     async with running() as fleet:
         moved = dataclasses.replace(node_of(bmc), id=NodeId(uuid.uuid4()))

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import cast
 
 import pytest
 
-from hostler_baremetal import ipmi_client, ipmi_command
+from hostler_baremetal import ipmi_client, ipmi_command, rmcp
 from hostler_baremetal.ipmi_client import BmcAddress, Connection, Timing
 from hostler_baremetal.ipmi_error import (
     AuthenticationFailed,
@@ -214,6 +215,37 @@ class TestBadNetwork:
                 BmcAddress(host="bmc.invalid"), ADMIN, timeout_seconds=5
             ):
                 pass
+
+    @pytest.mark.parametrize("host", ["bmc..example.org", 64 * "b", "bmc\0", "."])
+    async def test_what_is_no_name_is_unreachable(self, host: str) -> None:
+        with pytest.raises(BmcUnreachable):
+            async with ipmi_client.connect(BmcAddress(host=host), ADMIN, timeout_seconds=5):
+                pass
+
+    async def test_a_bmc_that_forgets_every_session_is_not_asked_in_a_frenzy(self) -> None:
+        asked: list[bytes] = []
+
+        class Forgetful(asyncio.DatagramProtocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                self.transport = cast("asyncio.DatagramTransport", transport)
+
+            def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+                if data[5] == rmcp.PayloadType.OPEN_SESSION_REQUEST:
+                    asked.append(data)
+                refusal = data[16:17] + b"\x02\0\0" + data[20:24]
+                self.transport.sendto(
+                    rmcp.encode_plain(rmcp.PayloadType.OPEN_SESSION_RESPONSE, refusal), addr
+                )
+
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+            Forgetful, local_addr=("127.0.0.1", 0)
+        )
+        address = BmcAddress(host="127.0.0.1", port=transport.get_extra_info("sockname")[1])
+        with pytest.raises(BmcTimeout):
+            async with ipmi_client.connect(address, ADMIN, timeout_seconds=1.0):
+                pass
+        transport.close()
+        assert 2 <= len(asked) <= 4
 
     async def test_silence_ends_at_the_deadline(self, bmc: SimulatedBmc) -> None:
         bmc.faults.drop_requests = lambda _: True
@@ -425,6 +457,10 @@ class TestAddress:
             "ipmi://bmc:70000",
             "ipmi://bmc/path",
             "ipmi://bmc?x=1",
+            "ipmi://bm c",
+            "ipmi://bmc\0",
+            "ipmi://bmc..example.org",
+            "ipmi://" + 64 * "b",
         ],
     )
     def test_anything_else_is_refused(self, text: str) -> None:

@@ -124,6 +124,12 @@ class TestRegistry:
             {"memory_mb": 0},
             {"name": "a b"},
             {"colour": "blue"},
+            {"address": "ipmi://bmc..example.org"},
+            {"zone": "\0"},
+            {"traits": ["\0"]},
+            {"traits": 257 * ["t"]},
+            {"extra_specs": {"k": "\0"}},
+            {"extra_specs": {"k": 1025 * "x"}},
         ]
         async with run_baremetal() as service:
             for change in wrong:
@@ -131,6 +137,15 @@ class TestRegistry:
                     await fleet_of(service).enrol("ipmi://127.0.0.1:6230", **change)
                 assert f"/body/{next(iter(change))}" in refused.value.detail
             assert (await service.api.get("/v1/nodes"))["nodes"] == []
+
+    @pytest.mark.parametrize("age", ["inf", "nan", "1e300", "-1"])
+    async def test_an_age_that_no_look_can_have_is_refused(
+        self, run_baremetal: Run, fleet_of: FleetOf, bmc: Any, age: str
+    ) -> None:
+        async with run_baremetal() as service:
+            node_id = await fleet_of(service).enrol(bmc)
+            with pytest.raises(errors.Invalid):
+                await service.api.get(f"/v1/nodes/{node_id}/power", max_age_seconds=age)
 
     async def test_a_name_and_a_bmc_belong_to_one_node(
         self, run_baremetal: Run, fleet_of: FleetOf

@@ -453,6 +453,20 @@ class TestCommands:
             shown = [await service.api.get(f"/v1/quarantine/{entry['id']}") for entry in entries]
             assert {whole["body_text"].encode() for whole in shown} == set(bodies)
 
+    async def test_a_command_that_cannot_be_stored_goes_to_quarantine_at_once(
+        self, run_baremetal: Run, fleet_of: FleetOf, bmc: Any, amqp_url: str
+    ) -> None:
+        async with testing.open_bus(amqp_url) as client, run_baremetal() as service:
+            node_id = await fleet_of(service).enrol(bmc)
+            message = self.command(node_uuid=node_id)
+            await client.publish(dataclasses.replace(message, app_id="sched\0uler"))
+
+            async def kept() -> Any:
+                return (await service.api.get("/v1/quarantine"))["entries"]
+
+            (entry,) = await testing.eventually(kept, seconds=4)
+            assert (entry["code"], entry["attempts"]) == ("baremetal.command.malformed", 1)
+
     def test_a_boot_device_command_is_a_command(self) -> None:
         command = messages.Command.model_validate(
             {

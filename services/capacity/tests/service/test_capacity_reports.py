@@ -209,6 +209,20 @@ async def test_another_machine_at_the_same_address_is_another_node(capacity: Any
     assert shown["node_uuid"] == other
 
 
+async def test_guests_beyond_all_measure_fill_their_host_and_no_counter(
+    capacity: Any, node: Any
+) -> None:
+    await capacity.reporter.report(node())
+    await capacity.shows("hv1", limit=8192)
+    await capacity.claim(resources={"memory_mb": 1024, "vcpus": 1})
+    largest = {"memory_mb": 2**48, "vcpus": 1, "overhead_mb": 2**48}
+    guests = [{"uuid": str(uuid.UUID(int=n + 1)), **largest} for n in range(2**14)]
+    guests[0]["overhead_mb"] = 2**48 - 1
+    await capacity.reporter.report(node(guests=guests))
+    shown = await capacity.shows("hv1", foreign=2**62)
+    assert shown["resources"]["memory_mb"]["claimed"] > 1024
+
+
 async def test_machines_that_change_places_are_both_still_there(capacity: Any) -> None:
     first, second = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
 
