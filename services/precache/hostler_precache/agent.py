@@ -34,7 +34,7 @@ from hostler_precache.download import Download
 from hostler_precache.manifest import BlobId, Manifest, ManifestError
 from hostler_precache.metrics import AgentMetrics
 from hostler_precache.peers import HttpPeerClient
-from hostler_precache.protocol import DesiredImage, HostState
+from hostler_precache.protocol import REASON_CHARACTERS, DesiredImage, HostState
 from hostler_precache.settings import AgentSettings
 
 log = logs.get(__name__)
@@ -225,7 +225,7 @@ class CacheAgent:
         log.warning(
             "image_refused", image_id=work.wanted.image_id, state=state.value, reason=reason
         )
-        work.state, work.reason = state, reason
+        work.state, work.reason = state, reason[:REASON_CHARACTERS]
         work.ended_at = asyncio.get_running_loop().time()
         self._tell_now.set()
 
@@ -294,7 +294,7 @@ class CacheAgent:
                 session,
                 blob_id=work.blob_id,
                 manifest=blob.manifest,
-                token=image.token,
+                token=lambda: work.wanted.token,
                 host=self._host,
             ),
             requests=self._settings.requests,

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hostler_common import auth, db, errors, idempotency
 from hostler_common.auth import Caller, Role
@@ -338,12 +338,20 @@ async def list_hosts(swarms: SwarmsDep, limit: Limit = 100, marker: str | None =
 # --- policies
 
 
+def _storable(options: dict[str, Any]) -> dict[str, Any]:
+    # what Python's json reads beyond JSON: NaN, Infinity, halves of surrogate pairs
+    json.dumps(options, allow_nan=False, ensure_ascii=False).encode()
+    return options
+
+
 class PolicyRequest(_Request):
     """Put what a lister names on hosts, again and again."""
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     lister: str = Field("static", max_length=100)
-    options: dict[str, Any] = Field({}, description="what the lister wants to know")
+    options: Annotated[dict[str, Any], AfterValidator(_storable)] = Field(
+        {}, description="what the lister wants to know"
+    )
     hosts: Annotated[list[protocol.HostName], Field(min_length=1, max_length=20_000)] | None = None
     priority: int = Field(0, ge=-100, le=100)
     every_seconds: int = Field(300, ge=1, le=7 * 86400)

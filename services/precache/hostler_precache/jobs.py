@@ -104,6 +104,9 @@ class Pipeline:
             listed = await self._plugins.lister(policy.lister).list(policy.options)
         except (SourceError, UnknownPluginError) as exc:
             return "failed", str(exc)
+        except Exception as exc:  # a lister is a plugin: it may raise whatever it likes
+            log.exception("lister_failed", policy=policy.name)
+            return "failed", f"lister.failed: {type(exc).__name__}"
         new, refused = 0, []
         for image in listed:
             try:
@@ -120,8 +123,8 @@ class Pipeline:
                             policy_id=policy.policy_id,
                         )
                         new += 1
-            except ImageDiffers as exc:
-                refused.append(exc.detail)
+            except (ImageDiffers, db.Unstorable) as exc:
+                refused.append(f"{image.image_id}: {exc.detail}")
         detail = "; ".join([f"{len(listed)} images, {new} new", *refused])
         return ("partial" if refused else "ok"), detail
 
@@ -159,7 +162,7 @@ class Pipeline:
                     progress=progress,
                 )
                 renewing.cancel()
-        except* Exception as failures:  # a fetcher is a plugin: it may raise whatever it likes
+        except* Exception as failures:  # noqa: BLE001  a fetcher is a plugin: it may raise whatever it likes
             await self._failed(task, _first(failures))
         if fetched is None:
             return
@@ -201,6 +204,7 @@ class Pipeline:
             case _:
                 reason, is_transient = "fetcher.failed", False
                 log.error("fetcher_failed", image_id=task.image.image_id, exc_info=exc)
+                exc = RuntimeError(type(exc).__name__)  # its text may be anything
         self._metrics.fetches.labels(reason).inc()
         retry = None
         if is_transient and task.attempts < self._settings.fetch_attempts:

@@ -6,7 +6,7 @@ the piece is decided later, by the manifest.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final, Protocol
 
 import aiohttp
@@ -65,7 +65,7 @@ class PeerClient(Protocol):
 
 
 class HttpPeerClient:
-    """The real one, on aiohttp."""
+    """The real one, on aiohttp. ``token`` gives the swarm's token as it stands: a long transfer outlives one."""
 
     def __init__(
         self,
@@ -73,18 +73,22 @@ class HttpPeerClient:
         *,
         blob_id: BlobId,
         manifest: Manifest,
-        token: str,
+        token: Callable[[], str],
         host: str,
     ) -> None:
         self._session = session
         self._path = f"/v1/blobs/{blob_id}"
         self._manifest = manifest
-        self._headers = {hdrs.AUTHORIZATION: f"Bearer {token}", HOST_HEADER: host}
+        self._token = token
+        self._host = host
+
+    def _headers(self) -> dict[str, str]:
+        return {hdrs.AUTHORIZATION: f"Bearer {self._token()}", HOST_HEADER: self._host}
 
     async def fetch(self, url: str, piece: int, *, timeout_seconds: float) -> bytearray:
         """See `PeerClient`."""
         span = self._manifest.span(piece)
-        headers = {**self._headers, hdrs.RANGE: f"bytes={span.start}-{span.stop - 1}"}
+        headers = {**self._headers(), hdrs.RANGE: f"bytes={span.start}-{span.stop - 1}"}
         try:
             async with self._session.get(
                 url.rstrip("/") + self._path, headers=headers, timeout=_timeout(timeout_seconds)
@@ -103,7 +107,7 @@ class HttpPeerClient:
         try:
             async with self._session.get(
                 f"{url.rstrip('/')}{self._path}/next",
-                headers=self._headers,
+                headers=self._headers(),
                 timeout=_timeout(timeout_seconds),
             ) as response:
                 if response.status == 204:
@@ -124,7 +128,7 @@ class HttpPeerClient:
         )
         try:
             async with self._session.get(
-                f"{url.rstrip('/')}{self._path}/pieces", headers=self._headers, timeout=timeout
+                f"{url.rstrip('/')}{self._path}/pieces", headers=self._headers(), timeout=timeout
             ) as response:
                 _require_status(response, 200)
                 async for line in response.content:

@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hostler_precache.images import IMAGE_ID_PATTERN
 
+REASON_CHARACTERS = 500  # a longer reason is cut by who reports it
 HOST_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"
 HostName = Annotated[str, Field(pattern=HOST_PATTERN)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", max_length=500)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=128)]
-BlobIdText = Annotated[str, Field(pattern=r"^[0-9a-f-]{36}$")]
+UUID_PATTERN = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+BlobIdText = Annotated[str, Field(pattern=UUID_PATTERN)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -70,7 +72,7 @@ class BlobReport(_Wire):
     distribution_id: BlobIdText
     blob_id: BlobIdText
     state: HostState
-    reason: Annotated[str, Field(max_length=500)] | None = None
+    reason: Annotated[str, Field(max_length=REASON_CHARACTERS)] | None = None
     pieces_done: Count = 0
     bytes_done: Count = 0
     bytes_from_seed: Count = 0

@@ -27,7 +27,7 @@ PathName = Annotated[str, Path(max_length=255, pattern=r"^[^\x00]*$")]
 
 
 class WindowInvalid(errors.Invalid):
-    """The window ends before it begins."""
+    """The window ends before it begins, or lies outside the calendar."""
 
     code = "usage.window.invalid"
 
@@ -264,7 +264,11 @@ async def list_intervals(
 def _window(start: datetime, end: datetime) -> Window:
     if end <= start:
         raise WindowInvalid("end must be later than start")
-    return Window(start=start.astimezone(UTC), end=end.astimezone(UTC), as_of=datetime.now(UTC))
+    try:
+        start, end = start.astimezone(UTC), end.astimezone(UTC)
+    except OverflowError as exc:
+        raise WindowInvalid("start or end lies outside the calendar in UTC") from exc
+    return Window(start=start, end=end, as_of=datetime.now(UTC))
 
 
 def _groups(given: list[str] | None) -> list[Group]:

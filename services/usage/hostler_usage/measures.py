@@ -8,7 +8,7 @@ the edge and never summed.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import Final
 
 from hostler_usage.intervals import Interval
@@ -17,6 +17,8 @@ from hostler_usage.times import microseconds
 
 MICROSECONDS_PER_HOUR: Final = 3_600_000_000
 _SHOWN: Final = Decimal("0.000001")
+# whatever senders claim: the sums of a numeric column have no bound that the default's 28 digits meet
+_DIGITS: Final = Context(prec=100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,4 +79,5 @@ def quantity(measure: Measure, interval: Interval) -> int:
 
 def hours(unit_microseconds: int) -> Decimal:
     """The amount in unit-hours, for eyes: rounded half even to a millionth."""
-    return (Decimal(unit_microseconds) / MICROSECONDS_PER_HOUR).quantize(_SHOWN)
+    exact = _DIGITS.divide(Decimal(unit_microseconds), Decimal(MICROSECONDS_PER_HOUR))
+    return exact.quantize(_SHOWN, context=_DIGITS)

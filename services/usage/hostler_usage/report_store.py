@@ -289,7 +289,7 @@ class ReportStore:
             EventNotFound: there is none, or it is none of the caller's.
             DatabaseUnavailable: the database is away.
         """
-        time, _, digest = event_id.partition("-")
+        time, _, digest = event_id.rpartition("-")  # before 1970 the time has a sign
         row = None
         try:
             event_time, body_sha256 = EPOCH + int(time) * MICROSECOND, bytes.fromhex(digest)
@@ -390,10 +390,11 @@ def _after(marker: str | None, parts: int) -> list[str]:
         return []
     try:
         found = json.loads(base64.urlsafe_b64decode(marker + "=" * (-len(marker) % 4)))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise BadMarker("the marker is not one of this list's") from exc
     if (
         not isinstance(found, list)
+        or not found  # usage that is not grouped has one row, and no page after it
         or len(found) != parts
         or not all(isinstance(part, str) and "\0" not in part for part in found)
     ):

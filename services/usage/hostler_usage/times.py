@@ -20,6 +20,8 @@ _SPELLING = re.compile(
     r"\s?(Z|UTC|[+-]\d{2}:?\d{2})?",
     re.ASCII,
 )
+# asyncpg takes these two for the infinities, which come back without a zone
+_ENDS_OF_TIME = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
 _NOTHING = frozenset({"", "None"})
 
 
@@ -36,15 +38,13 @@ def parse_time(value: object) -> datetime | None:
     Raises:
         BadTimeError: `value` is neither a moment nor nothing.
     """
-    if value is None:
-        return None
     if isinstance(value, Mapping):
-        return parse_time(value.get("__value__", False))
+        value = value.get("__value__", False)
     try:
-        if isinstance(value, str):
-            return _parse_text(value.strip())
+        if value is None or isinstance(value, str):
+            return None if value is None else _distinct(_parse_text(value.strip()))
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return EPOCH + timedelta(seconds=value)
+            return _distinct(EPOCH + timedelta(seconds=value))
     except (ValueError, OverflowError) as exc:
         raise BadTimeError(f"not a time: {str(value)[:60]!r}") from exc
     raise BadTimeError(f"not a time: {type(value).__name__}")
@@ -68,6 +68,12 @@ def _parse_text(text: str) -> datetime | None:
         tzinfo=_zone(zone),
     )
     return moment.astimezone(UTC)
+
+
+def _distinct(moment: datetime | None) -> datetime | None:
+    if moment in _ENDS_OF_TIME:
+        raise ValueError("the end of the calendar")
+    return moment
 
 
 def _zone(spelling: str | None) -> timezone:

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from hostler_common import errors, testing
+from hostler_precache import fetchers, listers
 
 MIB = 1 << 20
 Over = Callable[..., Awaitable[dict[str, Any]]]
@@ -423,3 +424,85 @@ async def test_the_pages_show_distributions_hosts_and_policies(
         assert (host["host"], host["images"]) == ("host-1", 1)
         metrics = await service.api.get("/metrics")
         assert f"precache_seed_sent_bytes_total {float(len(data)):.6e}" in metrics
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://[::1/image", "http://a..b/image", f"http://{'a' * 70}/image", "http://h:99999/image"],
+)
+async def test_a_location_that_cannot_be_asked_is_an_outcome_and_no_crash(
+    precache: Any, over: Over, image_id: str, location: str
+) -> None:
+    image = {"image_id": image_id, "fetcher": "http", "location": location}
+    async with precache() as service:
+        made = await service.api.post(
+            "/v1/distributions", {"image_id": image_id, "image": image, "hosts": ["host-1"]}
+        )
+        answer = await over(service.api, made["distribution_id"])
+        assert answer["state"] == "error"
+        assert answer["reason"].startswith("source.invalid")
+        await service.api.get("/readyz")
+
+
+async def test_a_fetcher_or_lister_that_breaks_takes_nothing_with_it(
+    precache: Any, over: Over, image_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("\0")
+
+    monkeypatch.setattr(fetchers.FileFetcher, "open", broken)
+    monkeypatch.setattr(listers.GlanceLister, "list", broken)
+    image = {"image_id": image_id, "fetcher": "file", "location": "/x"}
+    async with precache() as service:
+        made = await service.api.post("/v1/distributions", {"image_id": image_id, "image": image})
+        answer = await over(service.api, made["distribution_id"])
+        assert answer["reason"] == "fetcher.failed: ZeroDivisionError"
+        policy = await service.api.post("/v1/policies", {"name": "all", "lister": "glance"})
+        ran = await policy_ran(service.api, policy["policy_id"])
+        assert ran["last_outcome"] == "failed"
+        assert ran["last_detail"] == "lister.failed: ZeroDivisionError"
+
+
+async def test_an_image_that_cannot_be_kept_is_the_policys_outcome(precache: Any) -> None:
+    listed = [{"image_id": "huge", "size_bytes": 2**70}, {"image_id": "small", "size_bytes": 1}]
+    async with precache() as service:
+        policy = await service.api.post(
+            "/v1/policies", {"name": "two", "options": {"images": listed}}
+        )
+        ran = await policy_ran(service.api, policy["policy_id"])
+        assert ran["last_outcome"] == "partial"
+        assert ran["last_detail"].startswith("2 images, 1 new; huge: ")
+
+
+async def policy_ran(api: Any, policy_id: str) -> dict[str, Any]:
+    async def ran() -> dict[str, Any] | None:
+        answer: dict[str, Any] = await api.get(f"/v1/policies/{policy_id}")
+        return answer if answer["last_run_at"] else None
+
+    found: dict[str, Any] = await testing.eventually(ran)
+    return found
+
+
+@pytest.mark.parametrize("field", ["session_id", "blob_id", "distribution_id"])
+@pytest.mark.parametrize("text", ["-" * 36, "0" * 36])
+async def test_a_report_with_an_id_that_is_none_is_refused(
+    precache: Any, field: str, text: str
+) -> None:
+    uuid = "5a0e1d0e-0000-4000-8000-000000000001"
+    blob = {"distribution_id": uuid, "blob_id": uuid, "state": "cached"}
+    report: dict[str, Any] = {"url": "http://a:1", "session_id": uuid, "blobs": [blob]}
+    (report if field == "session_id" else blob)[field] = text
+    async with precache() as service:
+        with pytest.raises(errors.HostlerError) as caught:
+            await service.api.put("/v1/hosts/a/report", report)
+        assert caught.value.code == "request.invalid"
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"1e999", b'"\\ud800"'])
+async def test_policy_options_that_are_no_json_are_refused(precache: Any, value: bytes) -> None:
+    body = b'{"name": "odd", "options": {"x": ' + value + b"}}"
+    async with precache() as service, aiohttp.ClientSession() as session:
+        headers = {"Content-Type": "application/json"}
+        url = f"{service.url}/v1/policies"
+        async with session.post(url, data=body, headers=headers) as response:
+            assert response.status == 422

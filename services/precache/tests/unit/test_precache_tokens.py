@@ -27,6 +27,11 @@ def test_a_token_opens_nothing_else(blob: str, now: float, key: bytes, reason: s
         tokens.verify(tokens.mint(GRANT, KEY), key, blob_id=blob, now=now)
 
 
+def test_a_token_that_is_no_text_is_refused() -> None:
+    with pytest.raises(tokens.TokenError, match="malformed"):
+        tokens.verify("blob-1.\udcff.1.AAAA", KEY, blob_id="blob-1", now=1.0)
+
+
 @given(st.text(max_size=80))
 def test_any_text_is_refused_without_another_error(text: str) -> None:
     with pytest.raises(tokens.TokenError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ from urllib.parse import parse_qsl
 import pytest
 from typer.testing import CliRunner
 
-from hostler_common import client, errors
+from hostler_common import client, errors, testing
 from hostler_common.testing import RunningService
 from hostler_usage.__main__ import main
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step, VolumeLife, VolumeStep
@@ -225,6 +226,12 @@ BAD_REQUESTS = {
     "/v1/usage?start=2026-05-08T00:00:00Z&end=2026-05-09T00:00:00Z&group_by=project&marker=!!": (
         "usage.marker.invalid"
     ),
+    "/v1/usage?start=2026-05-08T00:00:00Z&end=2026-05-09T00:00:00Z&marker=W10": (
+        "usage.marker.invalid"
+    ),
+    "/v1/usage?start=0001-01-01T00:00:00%2B02:00&end=2026-05-09T00:00:00Z": "usage.window.invalid",
+    "/v1/usage?start=2026-05-08T00:00:00Z&end=9999-12-31T23:59:59-02:00": "usage.window.invalid",
+    f"/v1/events?marker={'W1tb' * 500}": "usage.marker.invalid",  # brackets inside brackets
     "/v1/events?marker=WyJ4IiwieSIsInoiXQ": "usage.marker.invalid",
     "/v1/events?marker=bnVsbA": "usage.marker.invalid",
     "/v1/events?limit=0": "request.invalid",
@@ -246,6 +253,41 @@ async def test_a_bad_request_is_a_problem_with_a_stable_code(run_usage: RunUsage
                 await service.api.get(path, **parameters)
             answers[request] = caught.value.code
     assert answers == BAD_REQUESTS
+
+
+async def test_claims_beyond_reason_and_before_the_epoch_can_still_be_read(
+    run_usage: RunUsage, publish: Publish, stored: Callable[..., Awaitable[list[dict[str, Any]]]]
+) -> None:
+    claims = [
+        {
+            "message_id": f"m{number}",
+            "event_type": "compute.instance.create.end",
+            "timestamp": "1969-12-31 23:59:59" if number == 0 else "2001-01-01 00:00:00",
+            "payload": {
+                "instance_id": f"i{number}",
+                "launched_at": "2001-01-01 00:00:00",
+                "vcpus": 2**53 - 1,
+            },
+        }
+        for number in range(8)
+    ]
+    async with run_usage() as service:
+        await publish([json.dumps(claim).encode() for claim in claims])
+
+        async def used() -> Any:
+            usage = await service.api.get(
+                "/v1/usage", start="2001-01-01T00:00:00Z", end="2026-01-01T00:00:00Z"
+            )
+            return usage if usage["usage"][0]["resources"] == 7 else None
+
+        usage = await testing.eventually(used)
+        span = (datetime(2026, 1, 1, tzinfo=UTC) - datetime(2001, 1, 1, tzinfo=UTC)) // timedelta(
+            microseconds=1
+        )
+        amount = usage["usage"][0]["unit_microseconds"]["vcpu_hours"]
+        assert amount == 7 * (2**53 - 1) * span
+        for event in await stored(service):
+            assert await service.api.get(f"/v1/events/{event['id']}") == event
 
 
 async def test_the_page_shows_usage_of_now_and_how_ingest_does(

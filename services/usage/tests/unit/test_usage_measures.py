@@ -72,3 +72,7 @@ def test_hours_are_shown_to_the_millionth() -> None:
 
 def test_measures_have_distinct_names() -> None:
     assert len({measure.name for measure in MEASURES}) == len(MEASURES)
+
+
+def test_an_amount_of_any_size_has_hours() -> None:
+    assert hours(36 * 10**50) == Decimal(10) ** 42

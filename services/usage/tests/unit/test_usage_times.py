@@ -64,7 +64,9 @@ def test_a_known_spelling_is_read_exactly(spelling: object, expected: datetime |
         float("nan"),
         [],
         {},
-        {"__value__": {"__value__": 3j}},
+        {"__value__": {"__value__": "2026-05-07 22:16:18"}},
+        "0001-01-01 00:00:00",  # asyncpg's infinities
+        "9999-12-31T23:59:59.999999Z",
     ],
 )
 def test_a_broken_time_is_an_error(broken: object) -> None:
