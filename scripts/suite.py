@@ -46,9 +46,17 @@ class SuiteFailed(errors.HostlerError):
 
 
 def state_directory() -> Path:
-    """Where this checkout's suite keeps its servers' data, logs and tokens: reachable by PostgreSQL's user."""
+    """Where this checkout's suite keeps its servers' data, logs and tokens: reachable by PostgreSQL's user.
+
+    Raises:
+        SuiteFailed: somebody else has made it, and could say what we start and stop.
+    """
     key = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
-    return Path(os.environ.get("HOSTLER_STATE_DIRECTORY", f"/var/tmp/hostler-{os.getuid()}-{key}"))  # noqa: S108
+    default = f"/var/tmp/hostler-{os.getuid()}-{key}"  # noqa: S108  its owner is checked
+    directory = Path(os.environ.get("HOSTLER_STATE_DIRECTORY", default))
+    if directory.exists() and directory.stat().st_uid != os.getuid():
+        raise SuiteFailed(f"{directory} belongs to somebody else: set HOSTLER_STATE_DIRECTORY")
+    return directory
 
 
 def _started_at(pid: int) -> str | None:
@@ -117,7 +125,11 @@ class Suite:
         return process.pid
 
     def down(self) -> int:
-        """Stop everything, the last started first, and forget it; how many were running."""
+        """Stop everything, the last started first, and forget it; how many were running.
+
+        Raises:
+            SuiteFailed: the servers are an engine's that does not answer.
+        """
         stopped = 0
         for entry in reversed(self.processes):
             pid = int(entry["pid"])
@@ -133,9 +145,12 @@ class Suite:
                     break
                 time.sleep(0.02)
         if self.compose:
+            compose = compose_command()
+            if not compose:
+                raise SuiteFailed("the servers run in Docker, and no engine answers to stop them")
             stopped += 1
             subprocess.run(
-                [*compose_command(), "down", "--volumes"],
+                [*compose, "down", "--volumes"],
                 cwd=ROOT,
                 env={**os.environ, **COMPOSE_ENVIRONMENT},
                 check=False,
@@ -370,6 +385,9 @@ def main() -> int:
         demo_stage.summary(running, seconds=time.monotonic() - started)
     except errors.HostlerError as exc:
         print(f"hostler: {exc.detail}", file=sys.stderr)
+        return 1
+    except OSError as exc:  # a missing right, a full disk
+        print(f"hostler: {exc}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("hostler: interrupted; 'make down' stops what is running", file=sys.stderr)

@@ -55,7 +55,7 @@ class Api:
         """The decoded answer of a call.
 
         Raises:
-            PeerUnavailable: no answer came.
+            PeerUnavailable: no answer came, or one that cannot be read.
             HostlerError: the peer answered with an error: the class for its status, with the peer's code.
         """
         trace = logs.traceparent.get()
@@ -73,8 +73,13 @@ class Api:
             where = self._http.base_url.copy_with(userinfo=b"")
             raise PeerUnavailable(f"{where} does not answer: {type(exc).__name__}") from exc
         if response.is_success:
-            is_json = _is_json(response) and response.content
-            return response.json() if is_json else (response.text or None)
+            if not (_is_json(response) and response.content):
+                return response.text or None
+            try:
+                return response.json()
+            except ValueError as exc:
+                where = self._http.base_url.copy_with(userinfo=b"")
+                raise PeerUnavailable(f"{where} says JSON and sends none") from exc
         try:
             problem = response.json()
         except ValueError:

@@ -27,6 +27,7 @@ Connection: TypeAlias = (
 )
 
 ACQUIRE_SECONDS = 10.0
+COMMAND_SECONDS = 60.0
 MIGRATION_SECONDS = 24 * 3600.0
 
 
@@ -140,7 +141,7 @@ async def open_pool(
                     min_size=1,
                     max_size=max_size,
                     init=_prepare,
-                    command_timeout=60,
+                    command_timeout=COMMAND_SECONDS,
                     max_inactive_connection_lifetime=300,
                     server_settings={
                         "application_name": f"hostler-{schema}",
@@ -285,8 +286,14 @@ async def migrate(url: str, *, schema: str, package: str) -> list[Migration]:
         DatabaseUnavailable: the database did not answer.
     """
     async with open_pool(url, schema=schema, max_size=2) as pool, connection(pool) as acquired:
+        # another process's migrations may take long, and ours are not to fail meanwhile
+        await acquired.execute("SET lock_timeout = 0")
+        await acquired.execute(
+            "SELECT pg_advisory_lock($1)",
+            _lock_key(f"migrate.{schema}"),
+            timeout=MIGRATION_SECONDS,
+        )
         await acquired.execute("SET lock_timeout = '60s'")
-        await acquired.execute("SELECT pg_advisory_lock($1)", _lock_key(f"migrate.{schema}"))
         try:
             await acquired.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
             await acquired.execute(

@@ -6,7 +6,7 @@ Probes, metrics, version, sign-in and the quarantine page come with it; every ot
 
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -20,8 +20,8 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hostler_common import auth, errors, logs, runtime
@@ -111,7 +111,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(_BoundedBody)
-    app.add_middleware(BaseHTTPMiddleware, dispatch=_Gate(registry or CollectorRegistry()))
+    app.add_middleware(_Gate, registry=registry or CollectorRegistry())
     return app
 
 
@@ -311,9 +311,10 @@ class _BoundedBody:
 
 
 class _Gate:
-    """Counts, times, bounds and logs every request, and gives it an id and a trace context."""
+    """Counts, times, bounds and logs every request as its answer begins, and gives it an id and a trace context."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self._app = app
         self._requests = Counter(
             "hostler_http_requests",
             "Requests answered, by method, route and status.",
@@ -327,10 +328,12 @@ class _Gate:
             registry=registry,
         )
 
-    async def __call__(
-        self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         started = time.perf_counter()
+        request = Request(scope)
         trace = (
             logs.valid_traceparent(request.headers.get("traceparent")) or logs.new_traceparent()
         )
@@ -341,23 +344,36 @@ class _Gate:
         request.state.request_id = (
             given if given and given.isascii() and len(given) < 128 else trace[3:35]
         )
+        begun = False
+
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+                headers["X-Request-Id"] = request.state.request_id
+                self._note(request, message["status"], time.perf_counter() - started)
+            await send(message)
+
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            answer = problem(request, BodyTooLarge(f"a body may have {MAX_BODY_BYTES} bytes"))
-        else:
-            try:
-                answer = await call_next(request)
-            except Exception:
-                log.exception("request_crashed", method=request.method, path=request.url.path)
-                answer = problem(
-                    request, errors.HostlerError("something of ours is wrong: see the log")
-                )
-        for name, value in SECURITY_HEADERS.items():
-            answer.headers.setdefault(name, value)
-        answer.headers["X-Request-Id"] = request.state.request_id
+            refusal = problem(request, BodyTooLarge(f"a body may have {MAX_BODY_BYTES} bytes"))
+            await refusal(scope, receive, answer)
+            return
+        try:
+            await self._app(scope, receive, answer)
+        except Exception:
+            log.exception("request_crashed", method=request.method, path=request.url.path)
+            if begun:
+                raise  # the server cuts the connection: half an answer must not look whole
+            bug = errors.HostlerError("something of ours is wrong: see the log")
+            await problem(request, bug)(scope, receive, answer)
+
+    def _note(self, request: Request, status: int, seconds: float) -> None:
         route = getattr(request.scope.get("route"), "path", "unknown")
-        seconds = time.perf_counter() - started
-        self._requests.labels(request.method, route, answer.status_code).inc()
+        self._requests.labels(request.method, route, status).inc()
         self._seconds.labels(request.method, route).observe(seconds)
         if request.url.path not in UNLOGGED:
             principal = getattr(request.state, "principal", None)
@@ -365,12 +381,11 @@ class _Gate:
                 "request",
                 method=request.method,
                 path=request.url.path,
-                status=answer.status_code,
+                status=status,
                 milliseconds=round(seconds * 1000, 1),
                 caller=principal.name if principal else None,
                 request_id=request.state.request_id,
             )
-        return answer
 
 
 # --- the server

@@ -21,7 +21,7 @@ LogFormat = Literal["json", "console", "auto"]
 _SECRET_NAME = re.compile(
     r"password|passwd|secret|token|authorization|cookie|credential", re.IGNORECASE
 )
-_URL_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@]+@", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)\S+@", re.IGNORECASE)
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 traceparent: ContextVar[str | None] = ContextVar("traceparent", default=None)

@@ -5,6 +5,8 @@ crash between the confirm and the delete publishes it again under the same ``mes
 """
 
 import asyncio
+import contextlib
+import struct
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -21,6 +23,10 @@ log = logs.get(__name__)
 
 RELAY_BATCH = 200
 POLL_SECONDS = 0.5
+MEASURE_SECONDS = 5.0
+
+# what pamqp raises where no frame can be made of a message: a key of more than 255 bytes, a number without a type
+_UNENCODABLE = (TypeError, ValueError, OverflowError, struct.error)
 UNROUTABLE_SECONDS = 60.0
 
 
@@ -64,14 +70,14 @@ class Relay:
         self._pool = pool
         self._bus = bus
         self._turn = asyncio.Lock()
-        self._unroutable: dict[int, float] = {}  # row id -> when to try it again
+        self._set_aside_until: dict[int, float] = {}  # row id -> when to try it again
         self._waiting = Gauge(
             "hostler_outbox_messages", "Messages that wait to be published.", registry=registry
         )
 
     async def run(self) -> None:
         """Publish what is committed, in order of commit as far as one replica can tell, until cancelled."""
-        failing = False
+        failing, measured = False, float("-inf")
         while True:
             try:
                 more = await self.publish_some()
@@ -82,8 +88,17 @@ class Relay:
                 if not failing:
                     log.warning("outbox_waits", reason=exc.detail)
                 failing, more = True, False
+            if time.monotonic() - measured > MEASURE_SECONDS:
+                await self._measure()
+                measured = time.monotonic()
             if not more:
                 await asyncio.sleep(POLL_SECONDS)
+
+    async def _measure(self) -> None:
+        """How many rows wait, broker or no broker; a database that is away is `publish_some`'s to say."""
+        with contextlib.suppress(db.DatabaseUnavailable):
+            async with db.connection(self._pool) as connection:
+                self._waiting.set(await connection.fetchval("SELECT count(*) FROM outbox"))
 
     async def publish_some(self) -> bool:
         """Publish and delete up to `RELAY_BATCH` rows; True if there may be more.
@@ -104,14 +119,15 @@ class Relay:
             if rows:
                 published = await self._publish(rows)
                 await connection.execute("DELETE FROM outbox WHERE id = ANY($1)", published)
-        self._waiting.set(0 if len(rows) < RELAY_BATCH else len(rows))
         return len(rows) == RELAY_BATCH
 
     def _set_aside(self) -> list[int]:
-        """Rows that found no queue lately: they wait, so that any number of them holds up nothing else."""
+        """Rows that could not be published lately: they wait, so that any number of them holds up nothing else."""
         now = time.monotonic()
-        self._unroutable = {row: until for row, until in self._unroutable.items() if until > now}
-        return list(self._unroutable)
+        self._set_aside_until = {
+            row: until for row, until in self._set_aside_until.items() if until > now
+        }
+        return list(self._set_aside_until)
 
     async def _publish(self, rows: Sequence[asyncpg.Record]) -> list[int]:
         outcomes = await asyncio.gather(
@@ -124,9 +140,13 @@ class Relay:
             elif isinstance(outcome, bus_module.Unroutable):
                 # its queue is gone for good or not there yet: it stays, and the log says so
                 log.warning("outbox_unroutable", routing_key=row["routing_key"])
-                self._unroutable[row["id"]] = time.monotonic() + UNROUTABLE_SECONDS
+                self._set_aside_until[row["id"]] = time.monotonic() + UNROUTABLE_SECONDS
             elif isinstance(outcome, bus_module.BrokerUnavailable):
                 failed += 1
+            elif isinstance(outcome, _UNENCODABLE):
+                # it may hold up nothing else, and least of all every start of the process
+                log.error("outbox_unpublishable", row=row["id"], exc_info=outcome)
+                self._set_aside_until[row["id"]] = time.monotonic() + UNROUTABLE_SECONDS
             else:
                 raise outcome
         if failed == len(rows):

@@ -197,8 +197,8 @@ class Process:
 
     async def drain(self) -> None:
         """Consuming has stopped, what was being handled is done, and the loops have ended."""
-        for bus in self._buses:
-            await bus.drain()
+        # side by side: a cloud's broker that hangs does not use up the time of the others
+        await asyncio.gather(*(bus.drain() for bus in self._buses))
         self._looping.set()
         if self._loops:
             await asyncio.wait(self._loops)

@@ -15,6 +15,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -47,6 +48,17 @@ def _split(value: object) -> object:
 
 CommaList = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 """A list that is written ``a,b,c`` in the environment and as an array in TOML."""
+
+
+class _Environment(EnvSettingsSource):
+    """Variables. One that should be JSON and is not is left to its field, which names it beside every other fault."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ANN401  pydantic's signature
+        """The variable's JSON, or else its text."""
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
 
 
 class ProcessSettings(BaseSettings):
@@ -84,8 +96,8 @@ class ProcessSettings(BaseSettings):
         """Arguments, the service's own variables, the suite's, the file: the first that has a value wins."""
         return (
             init_settings,
-            EnvSettingsSource(settings_cls, env_prefix=f"HOSTLER_{cls.service.upper()}_"),
-            EnvSettingsSource(settings_cls, env_prefix="HOSTLER_"),
+            _Environment(settings_cls, env_prefix=f"HOSTLER_{cls.service.upper()}_"),
+            _Environment(settings_cls, env_prefix="HOSTLER_"),
             TomlConfigSettingsSource(settings_cls, CONFIG_DIRECTORY / f"{cls.service}.toml"),
         )
 

@@ -176,8 +176,7 @@ class Bus:
     async def drain(self) -> None:
         """Stop consuming and wait for what is being handled; deliveries not begun go back to their queues."""
         self._draining.set()
-        for consumer in self._consumers:
-            await consumer.drain()
+        await asyncio.gather(*(consumer.drain() for consumer in self._consumers))
 
     async def publish(self, message: Message) -> None:
         """See `Publisher.publish`."""

@@ -29,7 +29,7 @@ from hostler_common.bus.delivery import (
     delivered,
 )
 from hostler_common.bus.metrics import BusMetrics
-from hostler_common.bus.publisher import Publisher
+from hostler_common.bus.publisher import Publisher, Unroutable
 from hostler_common.bus.topology import Queue
 
 log = logs.get(__name__)
@@ -265,8 +265,13 @@ class Consumer:
                 log.error(
                     "handler_failed", queue=queue.name, attempt=delivery.attempt, exc_info=exc
                 )
-            if queue.is_quorum and await self._publisher.retry(queue, delivery):
-                return "retry"
+            try:
+                if queue.is_quorum and await self._publisher.retry(queue, delivery):
+                    return "retry"
+            except (
+                Unroutable
+            ) as unroutable:  # somebody deleted that rung: the next session declares it again
+                reason = f"{reason}; {unroutable.detail}"
         quarantine = self._subscription.quarantine
         log.warning(
             "message_quarantined" if quarantine else "message_refused",

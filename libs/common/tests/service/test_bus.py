@@ -398,3 +398,27 @@ async def depth(amqp_url: str, name: str) -> int:
         channel = await connection.channel()
         declared = await channel.declare_queue(name, passive=True)
         return declared.declaration_result.message_count or 0
+
+
+async def test_a_message_whose_rung_of_the_ladder_is_gone_is_kept_in_quarantine(
+    amqp_url: str,
+) -> None:
+    kept = Kept()
+
+    async def fail(delivery: bus.Delivery) -> None:
+        raise bus.Retry("not now")
+
+    async def quarantined() -> bool:
+        return len(kept.rows) == 1
+
+    async with open_bus(amqp_url, subscribe(fail, kept=kept)) as opened:
+        connection = await aio_pika.connect(amqp_url)
+        async with connection, connection.channel() as channel:
+            await channel.queue_delete("work.retry.1s")
+        await opened.publish(message("x"))
+        await eventually(quarantined)
+        assert opened.is_up
+    _, code, reason = kept.rows[0]
+    assert code == "message.retries_exhausted"
+    assert "not now" in reason
+    assert "work.retry.1s" in reason

@@ -37,6 +37,9 @@ async def peer() -> AsyncIterator[str]:
     async def plain(_: web.Request) -> web.Response:
         return web.Response(text="plain")
 
+    async def broken(_: web.Request) -> web.Response:
+        return web.Response(text='{"half', content_type="application/json")
+
     async def empty(_: web.Request) -> web.Response:
         return web.Response(status=204)
 
@@ -46,6 +49,7 @@ async def peer() -> AsyncIterator[str]:
             web.get("/base/problem", problem),
             web.get("/base/html", html),
             web.get("/base/plain", plain),
+            web.get("/base/broken", broken),
             web.get("/base/empty", empty),
             web.route("*", "/{rest:.*}", echo),
         ]
@@ -110,3 +114,9 @@ async def test_a_peer_that_does_not_answer_is_unavailable_and_its_password_not_s
         with pytest.raises(client.PeerUnavailable, match="does not answer") as caught:
             await api.get("/v1/things")
     assert "hunter2" not in caught.value.detail
+
+
+async def test_a_peer_that_says_json_and_sends_none_is_unavailable(peer: str) -> None:
+    async with client.open_api(peer) as api:
+        with pytest.raises(client.PeerUnavailable, match="sends none"):
+            await api.get("/broken")

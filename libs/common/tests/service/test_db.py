@@ -302,3 +302,19 @@ async def test_a_value_that_no_column_holds_is_refused_as_the_callers(
         with pytest.raises(db.Unstorable):
             async with db.transaction(pool) as connection:
                 await connection.fetchval(f"SELECT $1::{kind}", value)
+
+
+async def test_migrating_waits_for_another_process_longer_than_for_a_statement(
+    database_url: str, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = package({"0001_first.sql": FIRST})
+    monkeypatch.setattr(db, "COMMAND_SECONDS", 0.5)
+    async with db.open_pool(database_url, schema="example") as pool:
+        async with db.singleton(pool, "migrate.example") as held:
+            assert held
+            migrating = asyncio.create_task(
+                db.migrate(database_url, schema="example", package=name)
+            )
+            await asyncio.wait([migrating], timeout=1.5)
+            assert not migrating.done()
+        assert len(await migrating) == 2

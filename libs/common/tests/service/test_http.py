@@ -12,7 +12,7 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route
 
 from hostler_common import auth, errors, http, logs, runtime, settings
@@ -59,6 +59,19 @@ async def away() -> None:
 @router.get("/broken")
 async def broken() -> None:
     raise RuntimeError("SELECT secret FROM thing -- postgresql://me:hunter2@db/x")
+
+
+@router.get("/told")
+async def told(store: Annotated[Any, http.state("store")]) -> StreamingResponse:
+    async def words() -> AsyncIterator[str]:
+        yield "first"
+        await asyncio.sleep(0)
+        while (word := await store.get()) != "end":
+            if word == "break":
+                raise RuntimeError("half an answer")
+            yield word
+
+    return StreamingResponse(words())
 
 
 @router.get("/trace")
@@ -395,6 +408,42 @@ async def test_probes_are_not_logged_and_requests_are_once(
     assert len(requests) == 1
     assert '"path": "/v1/things"' in requests[0]
     assert '"caller": "anybody"' in requests[0]
+
+
+@pytest.mark.parametrize("ending", ["end", "break"])
+async def test_what_is_streamed_arrives_as_it_is_told_and_a_half_answer_is_never_whole(
+    serving: Any, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(service="example", log_format="json")
+    loaded = open_settings()
+    words: asyncio.Queue[str] = asyncio.Queue()
+    app = http.create_app(
+        loaded,
+        title="example",
+        package="hostler_example",
+        routers=[router],
+        state={"store": words},
+        registry=CollectorRegistry(),
+    )
+    async with serving(app, loaded) as client, client.stream("GET", "/v1/things/told") as answer:
+        chunks = answer.aiter_text()
+        got = [await anext(chunks)]  # before the handler has been told to go on
+        words.put_nowait("second")
+        got.append(await anext(chunks))
+        words.put_nowait(ending)
+        if ending == "end":
+            assert [chunk async for chunk in chunks] == []
+        else:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await anext(chunks)
+        shown = (await client.get("/metrics")).text
+    assert got == ["first", "second"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert (
+        'hostler_http_requests_total{method="GET",route="/v1/things/told",status="200"} 1.0'
+        in shown
+    )
+    assert ("request_crashed" in capsys.readouterr().out) == (ending == "break")
 
 
 # --- pages and signing in

@@ -236,3 +236,39 @@ async def test_an_event_type_makes_a_message_that_carries_its_schema_and_trace(
     assert (got.app_id, got.content_type) == ("example", "application/json")
     assert got.message_id
     assert got.timestamp is not None
+
+
+async def test_a_message_that_no_frame_can_hold_stays_and_holds_up_no_other(
+    pool: db.Pool, amqp_url: str, inbox: Any
+) -> None:
+    async def only_the_bad_one_is_left() -> bool:
+        return await rows(pool) == 1
+
+    await add(pool, event(1), event(2, app_id="x" * 300), event(3))
+    async with open_bus(amqp_url) as opened:
+        running = asyncio.create_task(relay(pool, opened).run())
+        await eventually(only_the_bad_one_is_left)
+        await add(pool, event(4))
+        await eventually(only_the_bad_one_is_left)
+        assert not running.done()
+        running.cancel()
+    assert {got.message_id for got in await inbox.take()} == {"1", "3", "4"}
+
+
+async def test_what_waits_is_counted_while_the_broker_is_away(pool: db.Pool, wire: Any) -> None:
+    registry = CollectorRegistry()
+
+    async def is_lost() -> bool:
+        return not opened.is_up
+
+    async def three_wait() -> bool:
+        return registry.get_sample_value("hostler_outbox_messages") == 3
+
+    async with open_bus(wire.url) as opened:
+        await wire.cut()
+        await eventually(is_lost)
+        await add(pool, *(event(n) for n in range(3)))
+        running = asyncio.create_task(outbox.Relay(pool, opened, registry).run())
+        await eventually(three_wait)
+        running.cancel()
+        await wire.mend()

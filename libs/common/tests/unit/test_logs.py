@@ -108,6 +108,7 @@ def test_configuring_again_replaces_what_was_configured(
             "postgresql://u:***@h/db and amqps://a:***@c",
         ),
         ("amqp://:p@h/", "amqp://:***@h/"),
+        ("amqp://u:p@ss@h/v", "amqp://u:***@h/v"),
         ("http://h:80/path", "http://h:80/path"),
         ("no address", "no address"),
     ],

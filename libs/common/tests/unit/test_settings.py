@@ -12,6 +12,7 @@ class Example(settings.Settings):
     service: ClassVar[str] = "example"
     http_port: int = 9999
     ratio: float = Field(1.0, gt=0)
+    models: dict[str, str] = Field(default_factory=dict)
 
 
 GOOD = {
@@ -122,3 +123,16 @@ def test_a_token_file_that_cannot_be_read_is_named(
         settings.read_token(settings.load(Example))
     (tmp_path / "absent").write_text("the-token\n")
     assert settings.read_token(settings.load(Example)) == "the-token"
+
+
+def test_a_variable_that_is_no_json_is_named_beside_other_faults(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("HOSTLER_EXAMPLE_MODELS", "{xen: sevenfold")
+    environment.setenv("HOSTLER_EXAMPLE_RATIO", "-3.25")
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.load(Example)
+    assert "HOSTLER_EXAMPLE_MODELS" in caught.value.detail
+    assert "HOSTLER_EXAMPLE_RATIO" in caught.value.detail
+    assert "toml" not in caught.value.detail
+    assert "sevenfold" not in caught.value.detail
