@@ -153,6 +153,7 @@ class Suite:
                 [*compose, "down", "--volumes"],
                 cwd=ROOT,
                 env={**os.environ, **COMPOSE_ENVIRONMENT},
+                capture_output=True,  # its warnings about secrets that nothing here uses
                 check=False,
             )
         self.processes, self.compose = [], False

@@ -194,6 +194,7 @@ async def test_a_range_that_is_not_verified_or_not_one_gives_a_problem(
         (f"Bearer {token(blob_id='another')}", 403),
         (f"Bearer {token(seconds=-1)}", 403),
     ],
+    ids=["none", "nonsense", "another key", "another blob", "expired"],
 )
 async def test_nothing_leaves_without_a_token_of_this_swarm(
     serve: Serve, authorization: str, status: int
