@@ -126,7 +126,7 @@ async def ended(api: client.Api, operation_id: str) -> dict[str, Any]:
             return None
         return found if found["finished_at"] else None
 
-    found: dict[str, Any] = await testing.eventually(has_ended, seconds=45)
+    found: dict[str, Any] = await testing.eventually(has_ended)
     return found
 
 

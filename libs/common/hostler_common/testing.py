@@ -108,7 +108,7 @@ async def open_bus(url: str, *subscriptions: bus.Subscription) -> AsyncIterator[
         opened.consume(subscription)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(opened.run())
-        await opened.wait_up(20)
+        await opened.wait_up(60)
         try:
             yield opened
         finally:
@@ -187,7 +187,7 @@ async def _as_coroutine(work: Awaitable[None]) -> None:
 
 
 async def wait_ready(
-    url: str, task: "asyncio.Task[None] | None" = None, seconds: float = 30.0
+    url: str, task: "asyncio.Task[None] | None" = None, seconds: float = 60.0
 ) -> None:
     """Return when the service at ``url`` is ready.
 
@@ -211,7 +211,7 @@ async def wait_ready(
 
 
 async def eventually(
-    holds: Callable[[], Awaitable[Any]], *, seconds: float = 20.0, every_seconds: float = 0.05
+    holds: Callable[[], Awaitable[Any]], *, seconds: float = 60.0, every_seconds: float = 0.05
 ) -> Any:  # noqa: ANN401  what the callable gives
     """The first true value that ``holds`` gives.
 

@@ -113,7 +113,7 @@ class Fleet:
             found: dict[str, Any] = await self.api.get(f"/v1/operations/{operation_id}")
             return found if found["state"] in ("succeeded", "failed") else None
 
-        ended: dict[str, Any] = await testing.eventually(has_ended, seconds=30)
+        ended: dict[str, Any] = await testing.eventually(has_ended)
         return ended
 
     async def until(self, node_id: str, **expected: Any) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Fleet:
             node = await self.node(node_id)
             return node if all(node[key] == value for key, value in expected.items()) else None
 
-        found: dict[str, Any] = await testing.eventually(is_so, seconds=20)
+        found: dict[str, Any] = await testing.eventually(is_so)
         return found
 
 

@@ -369,7 +369,7 @@ async def test_an_exchange_that_exists_otherwise_holds_up_no_other_message(amqp_
     )
     async with asyncio.TaskGroup() as group:
         running = group.create_task(opened.run())
-        await opened.wait_up(20)
+        await opened.wait_up(60)
         mismatched = bus.Message(exchange="fan", routing_key="", body=b"x", message_id="1")
         outcomes = await asyncio.gather(
             *(opened.publish(one) for one in (message("a"), mismatched, message("b"))),

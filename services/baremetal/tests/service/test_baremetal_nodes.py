@@ -51,7 +51,7 @@ class Reports:
                         return node if is_so else None
             return None
 
-        record: hosts.NodeRecord = await testing.eventually(found, seconds=15)
+        record: hosts.NodeRecord = await testing.eventually(found)
         return record
 
 

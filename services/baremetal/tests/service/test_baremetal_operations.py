@@ -46,7 +46,7 @@ class Events:
                     return body
             return None
 
-        body: dict[str, Any] = await testing.eventually(found, seconds=15)
+        body: dict[str, Any] = await testing.eventually(found)
         return body
 
 
@@ -464,7 +464,7 @@ class TestCommands:
             async def kept() -> Any:
                 return (await service.api.get("/v1/quarantine"))["entries"]
 
-            (entry,) = await testing.eventually(kept, seconds=4)
+            (entry,) = await testing.eventually(kept)
             assert (entry["code"], entry["attempts"]) == ("baremetal.command.malformed", 1)
 
     def test_a_boot_device_command_is_a_command(self) -> None:

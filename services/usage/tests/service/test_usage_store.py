@@ -145,7 +145,7 @@ async def test_a_message_stored_while_its_resource_is_taken_for_a_fold_is_folded
                 await fetch(pool, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
             )
 
-        await testing.eventually(waits, seconds=5)
+        await testing.eventually(waits)
         await folder.execute("DELETE FROM dirty")
     await ingest
     assert await fetch(pool, "SELECT count(*) FROM dirty") == [(1,)]
