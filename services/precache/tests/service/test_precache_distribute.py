@@ -477,7 +477,7 @@ async def test_an_image_that_cannot_be_kept_is_the_policys_outcome(precache: Any
 async def policy_ran(api: Any, policy_id: str) -> dict[str, Any]:
     async def ran() -> dict[str, Any] | None:
         answer: dict[str, Any] = await api.get(f"/v1/policies/{policy_id}")
-        return answer if answer["last_run_at"] else None
+        return answer if answer["last_outcome"] else None  # the run began at last_run_at
 
     found: dict[str, Any] = await testing.eventually(ran)
     return found
