@@ -133,7 +133,6 @@ async def list_nodes(
 
 async def create_node(connection: db.Connection, node_id: uuid.UUID, new: NewNode) -> Node:
     """Enrols a node, to be looked at as soon as possible. Raises NodeExists."""
-    hardware, access = new.hardware, new.access
     try:
         await connection.execute(
             """
@@ -143,26 +142,34 @@ async def create_node(connection: db.Connection, node_id: uuid.UUID, new: NewNod
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
             """,
             node_id,
-            new.name,
-            access.address,
-            access.username,
-            access.sealed_password,
-            access.sealed_group_key,
-            list(access.cipher_suites),
-            hardware.memory_mb,
-            hardware.vcpus,
-            hardware.local_gb,
-            hardware.cpu_arch,
-            hardware.zone,
-            list(hardware.traits),
-            dict(hardware.extra_specs),
-            new.maintenance,
-            new.maintenance_reason,
+            *_told(new),
         )
     except asyncpg.UniqueViolationError as exc:
         raise _exists(exc) from exc
     await _inventory_changed(connection)
     return await get_node(connection, node_id)
+
+
+def _told(new: NewNode) -> tuple[object, ...]:
+    """What a node's owner says of it, in the order of the statements that write it."""
+    hardware, access = new.hardware, new.access
+    return (
+        new.name,
+        access.address,
+        access.username,
+        access.sealed_password,
+        access.sealed_group_key,
+        list(access.cipher_suites),
+        hardware.memory_mb,
+        hardware.vcpus,
+        hardware.local_gb,
+        hardware.cpu_arch,
+        hardware.zone,
+        list(hardware.traits),
+        dict(hardware.extra_specs),
+        new.maintenance,
+        new.maintenance_reason,
+    )
 
 
 async def update_node(
@@ -172,7 +179,6 @@ async def update_node(
 
     Changed access takes the latch off and has the BMC looked at as soon as possible.
     """
-    hardware, access = new.hardware, new.access
     try:
         await connection.execute(
             """
@@ -189,21 +195,7 @@ async def update_node(
              WHERE id = $1
             """,
             node.id,
-            new.name,
-            access.address,
-            access.username,
-            access.sealed_password,
-            access.sealed_group_key,
-            list(access.cipher_suites),
-            hardware.memory_mb,
-            hardware.vcpus,
-            hardware.local_gb,
-            hardware.cpu_arch,
-            hardware.zone,
-            list(hardware.traits),
-            dict(hardware.extra_specs),
-            new.maintenance,
-            new.maintenance_reason,
+            *_told(new),
             access_changed,
         )
     except asyncpg.UniqueViolationError as exc:
