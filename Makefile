@@ -24,7 +24,7 @@ down: ## stop what demo or up started
 
 # --- work on it
 
-.PHONY: setup lock format lint imports types docs docs-check check test ci test-compose
+.PHONY: setup lock format lint imports types docs docs-check check test ci test-compose bench
 setup: ## make .venv from requirements.lock
 	@scripts/bootstrap
 
@@ -44,7 +44,7 @@ imports: setup ## check who may import whom
 
 types: setup ## mypy --strict
 	@# a tree at a time: each service has a tests/conftest.py of its own
-	@for tree in libs/common services/* scripts tests; do echo "mypy $$tree"; .venv/bin/mypy $$tree || exit; done
+	@for tree in libs/common services/* scripts tests benchmarks; do echo "mypy $$tree"; .venv/bin/mypy $$tree || exit; done
 
 docs: setup ## write the generated API and topic documents
 	$(PYTHON) scripts/api_documents.py
@@ -64,3 +64,6 @@ ci: check test ## what CI runs
 
 test-compose: ## build the images, bring the compose stack up, smoke-test it, take it down
 	scripts/test-compose
+
+bench: setup ## measure a claim beside a peer and the bare limit: make bench BENCH=usage_ingest ARGS="--turns 1"
+	$(PYTHON) benchmarks/$(BENCH).py $(ARGS)

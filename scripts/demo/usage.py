@@ -150,7 +150,10 @@ async def emit(stage: Stage, messages: list[Message], *, driver: str, exchange: 
 async def usage_of(
     api: client.Api, day: datetime, projects: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-    """Yesterday's usage of these projects, by project, from the HTTP API; empty until all is in it."""
+    """Yesterday's usage of these projects, by project, from the HTTP API; empty until all is in it.
+
+    What was nothing is not in it.
+    """
     answer = await api.get(
         "/v1/usage",
         start=_spelled(day),
@@ -201,10 +204,10 @@ async def tell(stage: Stage) -> None:
         stage.table(
             f"usage per project on {day:%Y-%m-%d}, from /v1/usage",
             ["project", *(name.replace("_", " ") for name in COLUMNS)],
-            [[project, *(rows[project][name] for name in COLUMNS)] for project in projects],
+            [[project, *(rows[project].get(name, 0) for name in COLUMNS)] for project in projects],
         )
         expected = truth(webshop, analytics)
-        found = {project: {n: rows[project][n] for n in COLUMNS} for project in projects}
+        found = {p: {n: rows[p].get(n, 0) for n in COLUMNS} for p in projects}
         stage.check("every hour is the one reckoned by hand", found == expected)
 
         lost = instances[2].instance_id

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import io
-import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -21,30 +20,6 @@ from hostler_precache.settings import Settings
 
 PEERS = Path(__file__).parent / "peers"
 DATA = testing.image_of((3 << 20) + 77, seed=5)
-
-CONFIGURATION = """\
-[DEFAULT]
-enabled_backends = fs:file
-enabled_import_methods = []
-worker_self_reference_url = http://127.0.0.1:{port}
-limit_param_default = 2
-[database]
-connection = sqlite:///{work}/glance.sqlite
-[glance_store]
-default_backend = fs
-[fs]
-filesystem_store_datadir = {work}/images
-[os_glance_staging_store]
-filesystem_store_datadir = {work}/staging
-[os_glance_tasks_store]
-filesystem_store_datadir = {work}/tasks
-[paste_deploy]
-flavor =
-[oslo_policy]
-policy_file = {work}/policy.yaml
-enforce_scope = false
-enforce_new_defaults = false
-"""
 
 
 @pytest.fixture(scope="session")
@@ -66,33 +41,14 @@ def glance_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def glance(glance_environment: Path, glance_directory: Path) -> Iterator[str]:
     """A Glance without Keystone that anybody may use; its address."""
-    work, port = glance_directory, servers.free_port()
-    binaries = glance_environment / "bin"
-    (work / "glance-api.conf").write_text(CONFIGURATION.format(work=work, port=port))
-    for name in ("images", "staging", "tasks"):
-        (work / name).mkdir()
-    packaged = glance_environment / "etc" / "glance" / "glance-api-paste.ini"
-    (work / "glance-api-paste.ini").write_text(packaged.read_text())
-    sample = subprocess.run(
-        [binaries / "oslopolicy-sample-generator", "--namespace", "glance"],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    rules = {
-        line.split('"')[1] for line in sample.splitlines() if line.lstrip("#").startswith('"')
-    }
-    (work / "policy.yaml").write_text("".join(f'"{rule}": "@"\n' for rule in sorted(rules)))
-    environment = {**os.environ, "OS_GLANCE_CONFIG_DIR": str(work)}
-    subprocess.run(
-        [binaries / "glance-manage", "--config-file", work / "glance-api.conf", "db", "sync"],
-        check=True, capture_output=True, env=environment,
-    )  # fmt: skip
-    with (work / "log").open("wb") as log:
+    port = servers.free_port()
+    with (glance_directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [
-                binaries / "gunicorn", "-k", "gthread", "--threads", "4", "-w", "1", "-t", "600",
-                "-b", f"127.0.0.1:{port}", "glance.wsgi.api:application",
+                glance_environment / "bin" / "python", PEERS / "glance_server.py",
+                "--directory", glance_directory, "--port", str(port),
             ],
-            env=environment, stdout=log, stderr=log, cwd=work,
+            stdout=log, stderr=log,
         )  # fmt: skip
     yield f"http://127.0.0.1:{port}"
     process.terminate()
@@ -111,7 +67,7 @@ async def session(glance: str) -> AsyncIterator[aiohttp.ClientSession]:
             except aiohttp.ClientConnectionError:
                 return False
 
-        await eventually(answers, seconds=60)
+        await eventually(answers, seconds=120)
         yield opened
 
 

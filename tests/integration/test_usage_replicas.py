@@ -73,7 +73,7 @@ async def test_two_replicas_share_the_work_and_count_everything_once(
         ((stored, waiting),) = await query(
             database_url,
             "SELECT (SELECT sum(stored + duplicate) FROM usage.ingest_tally),"
-            " (SELECT count(*) FROM usage.dirty)",
+            " (SELECT count(*) FROM usage.touched)",
         )
         return bool(stored == len(sent) and waiting == 0)
 

@@ -32,7 +32,7 @@ MIGRATION_SECONDS = 24 * 3600.0
 
 
 class DatabaseUnavailable(errors.Unavailable):
-    """PostgreSQL cannot be reached, is starting or shutting down, or has no connection to spare."""
+    """PostgreSQL cannot be reached, is starting or shutting down, or has no connection, memory or disk to spare."""
 
     code = "database.unavailable"
 
@@ -60,11 +60,16 @@ _AWAY = (
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
     asyncpg.ReadOnlySQLTransactionError,
     ConnectionError,
     OSError,
     TimeoutError,
+)
+
+
+_SHORT = (
+    asyncpg.InsufficientResourcesError,  # the disk is full, no memory, no connection
+    asyncpg.PostgresSystemError,  # the disk cannot be read or written
 )
 
 
@@ -90,6 +95,10 @@ def translated() -> Iterator[None]:
     """
     try:
         yield
+    except _SHORT as exc:
+        raise DatabaseUnavailable(
+            "the database has no disk, memory or connection to spare"
+        ) from exc
     except _AWAY as exc:
         raise DatabaseUnavailable("the database cannot be reached") from exc
     except asyncpg.DataError as exc:

@@ -11,6 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from hostler_common import cli
+from hostler_usage import (
+    audits_cli,
+    explain_cli,
+    exports_cli,
+    import_cli,
+    periods_cli,
+    rating_cli,
+    rebuild_cli,
+    rules_cli,
+)
 from hostler_usage.app import PACKAGE, http_app, serve
 from hostler_usage.settings import Settings
 
@@ -18,6 +28,13 @@ PORT = 8302
 PAGE = 1000
 
 main = cli.service(Settings, serve, http_app, package=PACKAGE)
+
+for name, command in audits_cli.COMMANDS.items():
+    main.command(name)(command)
+exports_cli.register(main)
+rating_cli.add_to(main)
+for group in (explain_cli, periods_cli, import_cli, rules_cli, rebuild_cli):
+    group.register(main)
 
 _TIMES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
 StartOption = Annotated[
@@ -86,15 +103,18 @@ def report_command(
 
 def _report_rows(answer: dict[str, Any]) -> Iterator[list[str]]:
     """The heading, then a row for each group; measures that nobody used are left out."""
-    used = [
-        name
-        for name in (answer["usage"][0]["hours"] if answer["usage"] else ())
-        if any(row["unit_microseconds"][name] for row in answer["usage"])
-    ]
+    used = list(dict.fromkeys(name for row in answer["usage"] for name in _amounts(row)))
     yield [*answer["group_by"], "resources", *used]
     for row in answer["usage"]:
         groups = [row["group"][name] or "unknown" for name in answer["group_by"]]
-        yield [*groups, str(row["resources"]), *(f"{row['hours'][name]:.2f}" for name in used)]
+        amounts = _amounts(row)
+        yield [*groups, str(row["resources"] or ""), *(amounts.get(name, "") for name in used)]
+
+
+def _amounts(row: dict[str, Any]) -> dict[str, str]:
+    """What was held in hours, and what moved in its units."""
+    hours = {name: f"{value:.2f}" for name, value in row["hours"].items()}
+    return hours | {name: str(value) for name, value in row["amounts"].items()}
 
 
 @main.command("events")

@@ -4,7 +4,7 @@ A caller that is bound to projects sees those alone, by a condition in the SQL, 
 notifications carry the whole context of whoever acted.
 """
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any
 
 import asyncpg
@@ -12,10 +12,12 @@ from fastapi import APIRouter, Path, Query, Response
 from pydantic import AwareDatetime, BaseModel, Field
 
 from hostler_common import auth, errors, http
-from hostler_usage.measures import Window, hours
-from hostler_usage.observation import ResourceKey, ResourceType
+from hostler_usage.event import event_id
+from hostler_usage.mapping import Mapping
+from hostler_usage.measures import hours
 from hostler_usage.report_store import EventFilter, Group, ReportStore, UsageFilter, UsageRow
-from hostler_usage.store import event_id
+from hostler_usage.statement import ResourceKey, ResourceType
+from hostler_usage.windows import window
 
 ReportsDep = Annotated[ReportStore, http.state("reports")]
 router = APIRouter(prefix="/v1", dependencies=[auth.require(auth.Role.READER)])
@@ -24,18 +26,6 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 Marker = Annotated[str | None, Query(max_length=2000, description="next_marker of the last page")]
 Name = Annotated[str | None, Query(max_length=255, pattern=r"^[^\x00]*$")]
 PathName = Annotated[str, Path(max_length=255, pattern=r"^[^\x00]*$")]
-
-
-class WindowInvalid(errors.Invalid):
-    """The window ends before it begins, or lies outside the calendar."""
-
-    code = "usage.window.invalid"
-
-
-class GroupUnknown(errors.Invalid):
-    """Usage cannot be grouped by that."""
-
-    code = "usage.group_by.unknown"
 
 
 class BodyNotShown(errors.Forbidden):
@@ -80,9 +70,12 @@ class UsageItem(BaseModel):
     """The usage of one group."""
 
     group: dict[Group, str | None]
-    resources: int = Field(description="how many resources had part in it")
+    resources: int | None = Field(
+        description="how many resources had part in it; null where sums of whole days answered"
+    )
     hours: dict[str, float] = Field(description="unit-hours, rounded for showing: do not sum them")
-    unit_microseconds: dict[str, int] = Field(description="the exact amounts")
+    unit_microseconds: dict[str, int] = Field(description="the exact amounts of what was held")
+    amounts: dict[str, int] = Field(description="what moved: bytes, operations")
 
 
 class Usage(BaseModel):
@@ -194,8 +187,13 @@ async def show_usage(
     start: AwareDatetime,
     end: AwareDatetime,
     group_by: Annotated[
-        list[str] | None, Query(description="project, resource, type, ...: several with commas")
+        list[str] | None,
+        Query(
+            description="several with commas: project, user, resource, type, region, state_class,"
+            " label, hour, day, month, or any attribute (flavor, host, zone, image, os, ...)"
+        ),
     ] = None,
+    time_zone: Annotated[str, Query(max_length=64, description="of hours, days, months")] = "UTC",
     project_id: Name = None,
     region: Name = None,
     resource_type: Name = None,
@@ -204,12 +202,12 @@ async def show_usage(
     marker: Marker = None,
 ) -> Usage:
     """What was used in a window: exact amounts, and hours for showing."""
-    window = _window(start, end)
+    asked = window(start, end)
     groups = _groups(group_by)
     # asked first: a fold between the two may be counted twice as a doubt, and never passes unsaid
     unfolded = await reports.unfolded()
     rows, next_marker = await reports.usage(
-        window,
+        asked,
         groups,
         UsageFilter(
             scope=caller.projects,
@@ -220,13 +218,14 @@ async def show_usage(
         ),
         limit=limit,
         marker=marker,
+        time_zone=time_zone,
     )
     return Usage(
-        start=window.start,
-        end=window.end,
-        as_of=window.as_of,
+        start=asked.start,
+        end=asked.end,
+        as_of=asked.as_of,
         group_by=groups,
-        usage=[_usage(row) for row in rows],
+        usage=[_usage(row, reports.mapping) for row in rows],
         next_marker=next_marker,
         unfolded_resources=unfolded,
     )
@@ -263,24 +262,8 @@ async def list_intervals(
     )
 
 
-def _window(start: datetime, end: datetime) -> Window:
-    if end <= start:
-        raise WindowInvalid("end must be later than start")
-    try:
-        start, end = start.astimezone(UTC), end.astimezone(UTC)
-    except OverflowError as exc:
-        raise WindowInvalid("start or end lies outside the calendar in UTC") from exc
-    return Window(start=start, end=end, as_of=datetime.now(UTC))
-
-
 def _groups(given: list[str] | None) -> list[Group]:
-    names = [name for text in given or [] for name in text.split(",") if name]
-    unknown = sorted(set(names) - set(Group))
-    if unknown:
-        raise GroupUnknown(
-            f"usage cannot be grouped by {', '.join(unknown)}: there are {', '.join(Group)}"
-        )
-    return [Group(name) for name in dict.fromkeys(names)]
+    return list(dict.fromkeys(name for text in given or [] for name in text.split(",") if name))
 
 
 def _event(row: asyncpg.Record) -> EventItem:
@@ -291,12 +274,14 @@ def _event(row: asyncpg.Record) -> EventItem:
     )
 
 
-def _usage(row: UsageRow) -> UsageItem:
+def _usage(row: UsageRow, mapping: Mapping) -> UsageItem:
+    held = {item.name for item in mapping.measures if item.is_held}
     return UsageItem(
         group=dict(row.group),
         resources=row.resources,
-        hours={name: float(hours(amount)) for name, amount in row.amounts.items()},
-        unit_microseconds=dict(row.amounts),
+        hours={name: float(hours(n)) for name, n in row.amounts.items() if name in held},
+        unit_microseconds={name: n for name, n in row.amounts.items() if name in held},
+        amounts={name: n for name, n in row.amounts.items() if name not in held},
     )
 
 

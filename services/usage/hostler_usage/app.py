@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,14 +12,52 @@ from prometheus_client import CollectorRegistry
 
 from hostler_common import bus, http, quarantine, service
 from hostler_common.health import Health
-from hostler_usage import api, messages, pages
+from hostler_usage import (
+    api,
+    audits_api,
+    explain_api,
+    exports_api,
+    feeds_api,
+    focus,
+    hub_api,
+    import_api,
+    mapping_file,
+    messages,
+    operations_api,
+    pages,
+    periods_api,
+    rating_api,
+    rebuild_store,
+    reports_api,
+)
+from hostler_usage.audit_check_store import AuditCheckStore
+from hostler_usage.audit_jobs import AuditJobs
+from hostler_usage.audit_report_store import AuditReportStore
+from hostler_usage.budget_jobs import BudgetJobs
 from hostler_usage.consumer import NotificationConsumer
+from hostler_usage.costing import Costing
+from hostler_usage.explain_store import ExplainStore
+from hostler_usage.export_store import ExportStore
+from hostler_usage.exports import Exports
+from hostler_usage.feed_store import FeedStore
+from hostler_usage.fold_store import FoldStore
+from hostler_usage.hub_store import HubStore
 from hostler_usage.jobs import Jobs
 from hostler_usage.metrics import Metrics
+from hostler_usage.normalise import Normaliser
+from hostler_usage.operation_store import OperationStore
 from hostler_usage.pace import Pace
+from hostler_usage.period_jobs import PeriodJobs
+from hostler_usage.period_store import PeriodStore
+from hostler_usage.price_store import PriceStore
+from hostler_usage.publish import Publisher
 from hostler_usage.report_store import ReportStore
-from hostler_usage.settings import Settings
+from hostler_usage.retention_jobs import RetentionJobs
+from hostler_usage.retention_store import RetentionStore
+from hostler_usage.rollup_store import RollupStore
+from hostler_usage.settings import OWN, Settings
 from hostler_usage.store import Store
+from hostler_usage.websub import Lease
 
 PACKAGE = "hostler_usage"
 
@@ -35,7 +74,23 @@ def http_app(
         settings,
         title="hostler usage",
         package=PACKAGE,
-        routers=[api.router, pages.router, quarantine.router],
+        routers=[
+            feeds_api.yagi_root_router,  # "/" for whoever accepts Atom, the overview for everybody else
+            api.router,
+            audits_api.router,
+            explain_api.router,
+            periods_api.router,
+            exports_api.router,
+            operations_api.router,
+            rating_api.router,
+            reports_api.router,
+            pages.router,
+            quarantine.router,
+            feeds_api.router,
+            hub_api.router,
+            import_api.router,
+            feeds_api.yagi_router,  # any path that is an event type's name: what is left
+        ],
         state=state or {},
         health=health,
         registry=registry,
@@ -44,28 +99,51 @@ def http_app(
 
 async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
     """Run the service until it is told to stop."""
+    mapping = mapping_file.load(settings.mapping_file)
     async with service.ServiceProcess(settings, stop=stop) as process:
         pool = await process.open_pool(package=PACKAGE)
+        await rebuild_store.warn_of_mapping(pool, mapping.digest)
         own_bus = process.open_bus(messages.TOPOLOGY)
         metrics = Metrics(process.registry)
         store = Store(pool=pool, writer=uuid.uuid4())
         pace = Pace(time.monotonic)
-        reports = ReportStore(pool=pool)
+        reports = ReportStore(pool=pool, mapping=mapping)
+        normaliser = Normaliser(mapping)
+        costing = Costing(reports=reports, prices=PriceStore(pool=pool))
+        issuer = focus.Issuer(
+            provider=settings.provider,
+            publisher=settings.provider,
+            invoice_issuer=settings.provider,
+            billing_account_id=settings.billing_account,
+            billing_account_name=settings.billing_account,
+            currency=settings.currency,
+        )
+        exports = Exports(store=ExportStore(reports=reports), books=costing, issuer=issuer)
+        feeds = FeedStore(pool=pool, page_events=settings.feed_page_events)
+        hub = HubStore(pool=pool)
+        publisher = Publisher(store=feeds, base=settings.public_url)
         kept = quarantine.Quarantine(pool=pool)
         process.relay_outbox(pool, own_bus)
 
         batch = bus.Batch(size=settings.batch_size, seconds=settings.batch_seconds)
-        for source in settings.sources:
+        intakes: dict[str, NotificationConsumer] = {}
+        for source in (*settings.sources, settings.own_source):
             consumer = NotificationConsumer(
                 source=source,
+                normaliser=normaliser,
                 store=store,
                 metrics=metrics,
                 pace=pace,
                 batch_size=settings.batch_size,
                 max_body_bytes=settings.max_body_bytes,
             )
-            subscriptions = [(own_bus, messages.queue(source))]
-            if not source.is_own:
+            if source.name == OWN:
+                subscriptions = [(own_bus, messages.EVENTS)]
+            elif source.is_own:
+                intakes[source.name] = consumer
+                subscriptions = [(own_bus, messages.queue(source))]
+            else:
+                intakes[source.name] = consumer
                 cloud_bus = process.open_bus(
                     messages.cloud_topology(source),
                     name=source.name,
@@ -82,11 +160,13 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
                     consumer.handle,
                     quarantine=kept,
                     batch=batch,
-                    prefetch=3 * settings.batch_size,
+                    prefetch=4 * settings.batch_size,
                 )
 
         jobs = Jobs(
             store=store,
+            folds=FoldStore(pool=pool, mapping=mapping),
+            rollups=RollupStore(pool=pool, mapping=mapping),
             reports=reports,
             metrics=metrics,
             pace=pace,
@@ -94,13 +174,64 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             months_ahead=settings.months_ahead,
         )
         process.every(settings.fold_seconds, jobs.fold, name="fold")
+        audits = AuditJobs(
+            store=AuditCheckStore(
+                pool=pool,
+                settle=timedelta(seconds=settings.audit_settle_seconds),
+                silent_after=settings.audit_silent_after,
+            )
+        )
+        process.every(settings.budget_seconds, BudgetJobs(costing=costing).notice, name="budgets")
+        if settings.retention_months is not None:
+            retention = RetentionJobs(
+                store=RetentionStore(pool=pool),
+                feeds=feeds,
+                retention_months=settings.retention_months,
+                dropped_months=metrics.dropped_months,
+                dropped_messages=metrics.dropped_messages,
+            )
+            process.every(6 * 3600.0, retention.drop, name="retention")
+        process.every(60.0, audits.check, name="audits")
+        process.every(60.0, jobs.sum_days, name="days")
+        periods = PeriodStore(
+            pool=pool,
+            mapping=mapping,
+            time_zone=settings.period_time_zone,
+            settle=timedelta(days=settings.period_settle_days),
+            kinds=settings.period_kinds,
+        )
+        period_jobs = PeriodJobs(store=periods)
+        process.every(60.0, period_jobs.turn, name="periods")
+        process.every(3600.0, period_jobs.forget_keys, name="idempotency")
         process.every(6 * 3600.0, jobs.make_partitions, name="partitions")
         process.every(5.0, jobs.measure, name="measure")
 
         process.serve_http(
             http_app(
                 settings,
-                state={"reports": reports, "quarantine": kept},
+                state={
+                    "reports": reports,
+                    "explanations": ExplainStore(pool=pool, mapping=mapping),
+                    "periods": periods,
+                    "audit_reports": AuditReportStore(pool=pool),
+                    "costing": costing,
+                    "exports": exports,
+                    "hub": hub,
+                    "importer": import_api.Importer(
+                        intakes=intakes,
+                        queues={s.name: messages.queue(s).name for s in settings.sources},
+                        quarantine=kept,
+                    ),
+                    "hub_terms": hub_api.HubTerms(
+                        lease=Lease(
+                            usual=settings.hub_lease_seconds, most=settings.hub_max_lease_seconds
+                        ),
+                        allowed=settings.hub_callback_networks,
+                    ),
+                    "publisher": publisher,
+                    "operations": OperationStore(pool=pool),
+                    "quarantine": kept,
+                },
                 health=process.health,
                 registry=process.registry,
             )

@@ -14,10 +14,12 @@ import uuid
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import ClassVar
 
-from hostler_usage.payload import clean
+import orjson
+
+from hostler_usage.reader import clean
 from hostler_usage.times import BadTimeError, parse_time
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -140,6 +142,42 @@ def open_body(
     )
 
 
+def open_event(
+    body: bytes,
+    *,
+    event_type: str | None,
+    message_id: str | None,
+    timestamp: datetime | None,
+    max_bytes: int = MAX_BODY_BYTES,
+) -> Notification:
+    """Return the notification that an event of hostler's own is: the envelope is in AMQP's properties.
+
+    Raises:
+        UnreadableError: one of its subclasses, see there.
+    """
+    if len(body) > max_bytes:
+        raise TooLargeError(f"{len(body)} bytes, at most {max_bytes} are accepted")
+    if not event_type or len(event_type) > MAX_NAME_LENGTH or timestamp is None:
+        raise BadNotificationError("an event needs the properties type and timestamp")
+    payload = _read_json(body)
+    digest = hashlib.sha256(body).digest()
+    has_own_id = message_id is not None and 0 < len(message_id) <= MAX_NAME_LENGTH
+    return Notification(
+        message_id=clean(message_id)
+        if message_id is not None and has_own_id
+        else str(uuid.uuid5(_NAMESPACE, digest.hex())),
+        has_own_id=has_own_id,
+        event_type=clean(event_type),
+        publisher_id="",
+        priority="INFO",
+        timestamp=timestamp.astimezone(UTC),
+        payload=payload,
+        context_project_id=None,
+        request_id=None,
+        digest=digest,
+    )
+
+
 def _decompress(body: bytes, compression: str | None, max_bytes: int) -> bytes:
     match (compression or "").lower().removeprefix("application/").removeprefix("x-"):
         case "" | "identity" | "utf-8":
@@ -166,6 +204,14 @@ def _decompress(body: bytes, compression: str | None, max_bytes: int) -> bytes:
 
 
 def _read_json(text: bytes | str) -> object:
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        return _read_leniently(text)
+
+
+def _read_leniently(text: bytes | str) -> object:
+    """What orjson refuses and Python's senders write all the same: NaN, lone surrogates."""
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
     except UnicodeDecodeError as exc:

@@ -2,34 +2,34 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
 
 from hostler_usage.envelope import Notification
 from hostler_usage.normalise import Normalised
+from hostler_usage.times import epoch_microseconds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+@dataclass(frozen=True, slots=True, order=True)
+class Origin:
+    """How a message came: the same for thousands of them. Empty where the message says nothing."""
+
+    source: str
+    exchange: str
+    routing_key: str
+    content_type: str
+    content_encoding: str
+
+
+class Event(NamedTuple):
     """One notification, read and normalised, with its body byte for byte."""
 
     notification: Notification
     normalised: Normalised
     body: bytes
-    source: str
     region: str
-    exchange: str
-    routing_key: str
-    content_type: str | None
-    content_encoding: str | None
+    origin: Origin
     headers: Mapping[str, object]
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What tells this message from every other: its time, its id and its bytes."""
-        return (
-            self.notification.timestamp,
-            self.notification.message_id,
-            self.notification.digest,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,3 +41,8 @@ class Tally:
     conflict: int = 0
     unknown_type: int = 0
     problem: int = 0
+
+
+def event_id(event_time: datetime, digest: bytes) -> str:
+    """The name of a stored message in the API: its event time and its body's sha256."""
+    return f"{epoch_microseconds(event_time)}-{digest.hex()}"

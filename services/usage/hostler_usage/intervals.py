@@ -24,7 +24,8 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import groupby
 
-from hostler_usage.observation import Evidence, Kind, Observation, Rank, Scalar
+from hostler_usage.observation import Kind, Observation, Rank
+from hostler_usage.statement import Evidence, Scalar
 
 _SAME_MOMENT = timedelta(seconds=1)
 # audits read all their rows first and send for minutes: what an event has said since outranks them
@@ -68,6 +69,7 @@ class History:
 
     intervals: tuple[Interval, ...]
     anomalies: tuple[Anomaly, ...] = ()
+    is_born_of_event: bool = False
 
 
 def fold(observations: Iterable[Observation]) -> History:
@@ -93,7 +95,9 @@ def fold(observations: Iterable[Observation]) -> History:
     ):
         anomalies.append(Anomaly.SEEN_AFTER_END)
     return History(
-        intervals=tuple(_walk(states, birth, death, provenance)), anomalies=tuple(anomalies)
+        intervals=tuple(_walk(states, birth, death, provenance)),
+        anomalies=tuple(anomalies),
+        is_born_of_event=is_born_of_event,
     )
 
 
@@ -102,9 +106,13 @@ def _settled(observations: Iterable[Observation]) -> list[Observation]:
     items = list(observations)
     moments = _settle({item.t_eff for item in items if item.is_rounded})
     return sorted(
-        (replace(item, t_eff=moments[item.t_eff]) if item.is_rounded else item for item in items),
+        (_moved(item, moments[item.t_eff]) if item.is_rounded else item for item in items),
         key=lambda item: item.order,
     )
+
+
+def _moved(item: Observation, moment: datetime) -> Observation:
+    return item if item.t_eff == moment else replace(item, t_eff=moment)
 
 
 def _settle(moments: Iterable[datetime]) -> dict[datetime, datetime]:
@@ -150,7 +158,9 @@ def _walk(
     for item in states:
         if item.t_eff <= birth:
             for name, value in item.attributes:
-                values[name], sources[name] = value, item.evidence
+                # what is only said again needs no second witness: the first one is cited
+                if item.rank is not Rank.EVIDENCE or values[name] != value:
+                    values[name], sources[name] = value, item.evidence
             if item.rank is not Rank.EVIDENCE:
                 spoken.update(dict.fromkeys(dict(item.attributes), item.t_eff))
     start = birth
@@ -163,7 +173,11 @@ def _walk(
         said: dict[str, tuple[Scalar, Evidence]] = {}
         for item in group:  # in order of rank: the last word stands (rule 2)
             for name, value in item.attributes:
-                if not _is_stale(item, spoken.get(name)):
+                if _is_stale(item, spoken.get(name)):
+                    continue
+                # as at the birth: what is only said again is witnessed already
+                is_again = item.rank is Rank.EVIDENCE and said.get(name, (None,))[0] == value
+                if name not in said or not is_again:
                     said[name] = (value, item.evidence)
                 if item.rank is not Rank.EVIDENCE:
                     spoken[name] = moment

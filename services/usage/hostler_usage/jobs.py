@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from hostler_common import logs
+from hostler_usage.fold_store import FoldStore
 from hostler_usage.metrics import Metrics
 from hostler_usage.pace import Pace
 from hostler_usage.report_store import ReportStore
+from hostler_usage.rollup_store import RollupStore
 from hostler_usage.store import Store
 
 log = logs.get(__name__)
@@ -21,6 +23,8 @@ class Jobs:
     """The loops of the service, each method one turn."""
 
     store: Store
+    folds: FoldStore
+    rollups: RollupStore
     reports: ReportStore
     metrics: Metrics
     pace: Pace
@@ -33,12 +37,21 @@ class Jobs:
         Raises:
             DatabaseUnavailable: what is left is folded in a later turn.
         """
-        if not self.pace.may_fold():
-            return
-        while folded := await self.store.fold_some(self.fold_limit):
+        folded = 1
+        while folded and self.pace.may_fold():
+            with self.pace.fold():
+                folded = await self.folds.fold_some(self.fold_limit)
             self.metrics.folded.inc(folded)
-            if folded < self.fold_limit:
-                break
+
+    async def sum_days(self) -> None:
+        """Every day that has ended is summed up.
+
+        Raises:
+            DatabaseUnavailable: the rest is done in a later turn.
+        """
+        done = await self.rollups.advance(datetime.now(UTC))
+        if done:
+            log.info("days_summed", days=done)
 
     async def make_partitions(self) -> None:
         """The partitions of last month, this month and the months ahead exist.

@@ -8,13 +8,29 @@ with the durability the source says, for a declaration that differs silences the
 from typing import Final
 
 from hostler_common import bus
+from hostler_usage.budget_messages import BUDGET_THRESHOLD_CROSSED
+from hostler_usage.sample import USAGE_SAMPLED
 from hostler_usage.settings import Source
 
 # every priority: failed creates come as notifications.error
 ROUTING_KEYS: Final = ("notifications.*", "versioned_notifications.*")
 
-TOPOLOGY: Final = bus.Topology()
-"""On hostler's own virtual host usage publishes and consumes no events yet."""
+EVENTS: Final = bus.Queue(
+    name="usage.events",
+    bindings=(
+        bus.Binding(exchange=bus.HOSTLER, routing_key="baremetal.lease.*"),
+        # a host's name has dots, hence the #
+        bus.Binding(exchange=bus.HOSTLER, routing_key="usage.sampled.#"),
+    ),
+    max_body_bytes=None,  # the consumer's setting bounds it
+)
+"""What hostler's own services and agents say of usage: leases of nodes, samples of domains."""
+
+TOPOLOGY: Final = bus.Topology(
+    queues=(EVENTS,),
+    publishes=(BUDGET_THRESHOLD_CROSSED,),
+    consumes=(USAGE_SAMPLED,),
+)
 
 
 def queue(source: Source) -> bus.Queue:

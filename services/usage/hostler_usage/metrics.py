@@ -67,6 +67,23 @@ class Metrics:
             registry=registry,
         )
 
+        self.dropped_months = Counter(
+            "hostler_usage_dropped_months",
+            "Months of messages dropped by retention.",
+            registry=registry,
+        )
+        self.dropped_messages = Counter(
+            "hostler_usage_dropped_messages",
+            "Messages dropped by retention; what they said is kept.",
+            registry=registry,
+        )
+        self.hub_outcomes = Counter(
+            "hostler_usage_hub_outcomes",
+            "What became of subscriptions and deliveries of the WebSub hub.",
+            ["outcome"],
+            registry=registry,
+        )
+
     def ingested(self, source: str, tally: Tally, age_seconds: float) -> None:
         """A batch was stored."""
         self.notifications.labels(source, "stored").inc(tally.stored)

@@ -1,22 +1,15 @@
-"""What one notification says of one resource, in the vocabulary all clouds' dialects map to.
+"""The vocabulary the fold works with: what held, or ended, from some moment on.
 
-A notification is worth zero or more observations: "from this moment on these attributes hold" and
-"at this moment it ended". They are plain values with a total order made of content alone, so that
-a resource's history is a function of the set of them: when and how often they arrived is not in
-them, and cannot matter.
+A statement is worth zero or more observations (`observe`). They are plain values with a total order
+made of content alone, so that a resource's history is a function of the set of them: when and how
+often they arrived is not in them, and cannot matter.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
-from typing import NewType
 
-ResourceType = NewType("ResourceType", str)
-INSTANCE = ResourceType("instance")
-VOLUME = ResourceType("volume")
-
-Scalar = str | int | None
-Attributes = tuple[tuple[str, Scalar], ...]
+from hostler_usage.statement import Attributes, Evidence, Scalar
 
 
 class Kind(StrEnum):
@@ -27,31 +20,13 @@ class Kind(StrEnum):
 
 
 class Rank(IntEnum):
-    """Who is believed where two observations speak of the same moment; stored, never renumbered."""
+    """Who is believed where two observations speak of the same moment."""
 
     EVIDENCE = 10  # said in passing: audits, updates, anything that came later
     CREATE = 20
     UPDATE = 30
     ACTION = 40
     DELETE = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class ResourceKey:
-    """A resource of one cloud region; regions share nothing, not even ids."""
-
-    region: str
-    resource_type: ResourceType
-    resource_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """The stored message that says so: enough to fetch its body."""
-
-    event_time: datetime
-    message_id: str
-    digest: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +48,7 @@ class Observation:
     evidence: Evidence
 
     @property
-    def order(self) -> tuple[datetime, Rank, datetime, str, bytes, str, str]:
+    def order(self) -> tuple[datetime, Rank, datetime, str, bytes, str, "_Said"]:
         """The total order within a resource, made of content only."""
         evidence = self.evidence
         return (
@@ -83,10 +58,28 @@ class Observation:
             evidence.message_id,
             evidence.digest,
             self.kind,
-            repr(self.attributes),
+            _Said(self.attributes),
         )
 
 
 def attributes(**values: Scalar) -> Attributes:
     """`values` in the one order observations keep them in."""
     return tuple(sorted(values.items()))
+
+
+class _Said:
+    """Attributes as the last resort of an order: spelled out only where all else is equal."""
+
+    __slots__ = ("_attributes",)
+
+    def __init__(self, attributes: Attributes) -> None:
+        self._attributes = attributes
+
+    def __lt__(self, other: "_Said") -> bool:
+        return repr(self._attributes) < repr(other._attributes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Said) and self._attributes == other._attributes
+
+    def __hash__(self) -> int:
+        return hash(self._attributes)

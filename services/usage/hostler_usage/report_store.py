@@ -1,23 +1,27 @@
 """Reading the ledger: usage of any window, histories with their evidence, stored messages.
 
-Usage is computed from the intervals themselves, clipped to the window, in exact arithmetic:
-PostgreSQL's `extract(epoch ...)` is numeric with all six decimals. What a caller may see is a
-condition inside each statement (`Scope`), never a filter on its answer.
+Usage is computed from intervals clipped to the window and from amounts inside it, in exact
+arithmetic: PostgreSQL's `extract(epoch ...)` is numeric with all six decimals. What a caller may
+see is a condition inside each statement (`Scope`), never a filter on its answer.
 """
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping as Table
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from enum import StrEnum
+from datetime import UTC, date, datetime, timedelta
 from typing import Final
 
 import asyncpg
 
 from hostler_common import db, errors
-from hostler_usage.measures import MEASURES, Window
-from hostler_usage.observation import ResourceKey
+from hostler_usage import usage_sql
+from hostler_usage.mapping import Mapping
+from hostler_usage.measures import Window
+from hostler_usage.rollup import midnight
+from hostler_usage.rollup_store import days_until
+from hostler_usage.statement import ResourceKey
 from hostler_usage.times import EPOCH, MICROSECOND, epoch_microseconds
 
 Scope = frozenset[str] | None
@@ -42,35 +46,28 @@ class BadMarker(errors.Invalid):
     code = "usage.marker.invalid"
 
 
-class Group(StrEnum):
-    """What usage can be grouped by."""
+class GroupUnknown(errors.Invalid):
+    """Usage cannot be grouped by that."""
 
-    PROJECT = "project"
-    USER = "user"
-    RESOURCE = "resource"
-    TYPE = "type"
-    REGION = "region"
-    ZONE = "zone"
-    HOST = "host"
-    FLAVOR = "flavor"
-    IMAGE = "image"
-    VOLUME_TYPE = "volume_type"
-    STATE_CLASS = "state_class"
+    code = "usage.group_by.unknown"
 
+
+Group = str
+"""What usage can be grouped by: one of these, or an attribute that the mapping names."""
 
 _COLUMN: Final = {
-    Group.PROJECT: "project_id",
-    Group.USER: "user_id",
-    Group.RESOURCE: "resource_id",
-    Group.TYPE: "resource_type",
-    Group.REGION: "region",
-    Group.ZONE: "zone",
-    Group.HOST: "host",
-    Group.FLAVOR: "flavor",
-    Group.IMAGE: "image",
-    Group.VOLUME_TYPE: "volume_type",
-    Group.STATE_CLASS: "state_class",
+    "project": "project_id",
+    "user": "user_id",
+    "resource": "resource_id",
+    "type": "resource_type",
+    "region": "region",
+    "state_class": "state_class",
+    "label": "label",
 }
+_BUCKETS: Final = ("hour", "day", "month")
+# what sums of whole days can be grouped by
+_SUMMED: Final = frozenset({"project", "region", "type", "day", "month"})
+_DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +83,15 @@ class UsageFilter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageRow:
-    """The usage of one group: unit-microseconds of every measure, and how many resources had part."""
+    """The usage of one group, and how many resources had part in it.
 
-    group: Mapping[Group, str | None]
-    amounts: Mapping[str, int]
-    resources: int
+    `amounts` are unit-microseconds of measures that are held, units of those that move; a measure
+    that nothing was used of is left out. `resources` is None where sums of whole days answered.
+    """
+
+    group: Table[Group, str | None]
+    amounts: Table[str, int]
+    resources: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,15 +125,19 @@ class Overview:
     unpartitioned: int  # at most 100,000 are counted
 
 
-_DIRTY = (
-    "SELECT count(*) AS dirty, coalesce(extract(epoch FROM now() - min(marked_at)), 0)::float8"
-    " AS oldest_dirty_seconds FROM dirty"
+# of a large backlog only the oldest batches are looked at: what matters is that there is one
+_UNFOLDED = (
+    "SELECT count(DISTINCT (region, resource_type, resource_id)) FROM (SELECT * FROM touched"
+    " ORDER BY id LIMIT 100) AS oldest, unnest(regions, resource_types, resource_ids)"
+    " AS k (region, resource_type, resource_id)"
 )
 _EVENT_COLUMNS = (
-    "event_time, message_id, body_sha256, received_at, source, region, exchange, routing_key,"
+    "event_time, message_id, body_sha256, seq, received_at, source, region, exchange, routing_key,"
     " event_type, publisher_id, priority, request_id, project_id, resource_type, resource_id,"
-    " has_own_id, problems, content_type, content_encoding, octet_length(body) AS body_bytes"
+    " has_own_id, is_known, coalesce(problems, '{}') AS problems, content_type, content_encoding,"
+    " octet_length(body) AS body_bytes"
 )
+_EVENTS = "raw_event JOIN origin ON origin.id = raw_event.origin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +145,7 @@ class ReportStore:
     """All reading of the ledger."""
 
     pool: db.Pool
+    mapping: Mapping
 
     async def usage(
         self,
@@ -149,51 +155,110 @@ class ReportStore:
         *,
         limit: int,
         marker: str | None = None,
+        time_zone: str = "UTC",
     ) -> tuple[list[UsageRow], str | None]:
         """A page of usage rows, ordered by group, and the marker of the next page.
 
+        Days, hours and months are those of `time_zone`, an IANA name.
+
         Raises:
+            GroupUnknown: there is no such group, or no such time zone.
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
-        dimensions = [f"coalesce({_COLUMN[group]}, '')" for group in groups]
+        measures = [
+            item
+            for item in self.mapping.measures
+            if where.resource_type in (None, item.resource_type)
+        ]
+        conditions = _Conditions(window.start, window.upper)
+        dimensions = [self._dimension(group) for group in groups]
+        buckets = [group for group in groups if group in _BUCKETS]
+        if len(buckets) > 1:
+            raise GroupUnknown(f"one of {', '.join(_BUCKETS)} at a time")
         keys = ", ".join(dimensions)
-        sums = ", ".join(
-            f"coalesce(sum({_product(item.attribute)}) FILTER (WHERE resource_type ="
-            f" '{item.resource_type}'), 0) AS {item.name}"
-            for item in MEASURES
-        )
-        conditions = _Conditions(window.start, min(window.end, window.as_of))
-        conditions.say("$1 < $2 AND starts_at < $2 AND (ends_at IS NULL OR ends_at > $1)")
         conditions.add("project_id = ANY({})", _projects(where.scope, where.project_id))
         conditions.add("region = {}", where.region)
         conditions.add("resource_type = {}", where.resource_type)
         conditions.add("resource_id = {}", where.resource_id)
+        clause = conditions.also
+        bucket = buckets[0] if buckets else None
+        summed = await self._summed_days(window, groups, where, time_zone) if measures else None
+        after = _Conditions(*conditions.values)
         if marker is not None:
-            after = _after(marker, len(groups))
-            places = ", ".join("{}" for _ in after)
-            conditions.add(f"({keys}) > ({places})", *after)
-        columns = "".join(f"{name} AS group_{n}, " for n, name in enumerate(dimensions))
+            parts = _after(marker, len(groups))
+            places = ", ".join("{}" for _ in parts)
+            after.add(f"({keys}) > ({places})", *parts)
+        zone = after.value(time_zone) if buckets else ""
+        if summed is None:
+            sources = usage_sql.facts(clause, bucket, zone)
+        else:
+            first, last = after.value(summed[0]), after.value(summed[1])
+            since, until = after.value(midnight(summed[0])), after.value(midnight(summed[1]))
+            sources = " UNION ALL ".join(
+                (
+                    usage_sql.facts(clause, bucket, zone, end=since),
+                    usage_sql.days(clause, bucket, first=first, last=last),
+                    usage_sql.facts(clause, bucket, zone, start=until),
+                )
+            )
+        columns = [f"{name} AS group_{n}" for n, name in enumerate(dimensions)]
+        columns += [f"{usage_sql.total(item)} AS m{n}" for n, item in enumerate(measures)]
+        if summed is None:
+            columns.append("count(DISTINCT (region, resource_type, resource_id)) AS resources")
         statement = (
-            f"SELECT {columns}{sums},"  # noqa: S608  constants of this module
-            " count(DISTINCT (region, resource_type, resource_id)) AS resources"
-            " FROM (SELECT *, 1000000 * (extract(epoch FROM least(ends_at, $2))"
-            "  - extract(epoch FROM greatest(starts_at, $1))) AS span FROM usage_interval"
-            f" {conditions.clause}) AS clipped"
+            f"SELECT {', '.join(columns)}"  # noqa: S608  constants of this module, names of the mapping
+            f" FROM ({sources}) AS facts {after.clause}"
             + (f" GROUP BY {keys} ORDER BY {keys} LIMIT {int(limit)}" if groups else "")
         )
         async with db.connection(self.pool) as connection:
-            rows = await connection.fetch(statement, *conditions.values)
+            try:
+                if buckets:  # whether the name is good must not depend on what there is to cut
+                    await connection.fetchval("SELECT now() AT TIME ZONE $1::text", time_zone)
+                rows = await connection.fetch(statement, *after.values)
+            except asyncpg.InvalidParameterValueError as exc:
+                raise GroupUnknown(f"there is no time zone {time_zone}") from exc
         names = [[row[f"group_{n}"] for n in range(len(groups))] for row in rows]
         found = [
             UsageRow(
                 group={group: name or None for group, name in zip(groups, key, strict=True)},
-                amounts={item.name: int(row[item.name]) for item in MEASURES},
-                resources=row["resources"],
+                amounts={
+                    item.name: int(row[f"m{n}"]) for n, item in enumerate(measures) if row[f"m{n}"]
+                },
+                resources=row["resources"] if summed is None else None,
             )
             for row, key in zip(rows, names, strict=True)
         ]
         return found, _marker(names[-1]) if groups and len(rows) == limit else None
+
+    async def _summed_days(
+        self, window: Window, groups: Sequence[Group], where: UsageFilter, time_zone: str
+    ) -> tuple[date, date] | None:
+        """The whole days of the window whose sums answer the question; None where they cannot."""
+        if not _SUMMED.issuperset(groups) or where.resource_id is not None:
+            return None
+        if time_zone != "UTC" and not {"day", "month"}.isdisjoint(groups):
+            return None
+        first = (window.start.astimezone(UTC) + _DAY - MICROSECOND).date()
+        last = window.upper.astimezone(UTC).date()
+        if first >= last:
+            return None
+        async with db.connection(self.pool) as connection:
+            until = await days_until(connection)
+        if until is None or first >= min(last, until):
+            return None
+        return first, min(last, until)
+
+    def _dimension(self, group: Group) -> str:
+        """The expression of a group; names come from this module or were checked with the mapping."""
+        if group in _BUCKETS:
+            return "bucket"
+        if group in _COLUMN:
+            return f"coalesce({_COLUMN[group]}, '')"
+        if group in self.mapping.attribute_names:
+            return f"coalesce(attributes->>'{group}', '')"
+        known = sorted({*_BUCKETS, *_COLUMN, *self.mapping.attribute_names})
+        raise GroupUnknown(f"usage cannot be grouped by {group}: there are {', '.join(known)}")
 
     async def intervals(
         self, resource_type: str, resource_id: str, *, region: str | None, scope: Scope
@@ -271,7 +336,7 @@ class ReportStore:
             conditions.add("(event_time, message_id, body_sha256) < ({}, {}, {})", *last)
         async with db.connection(self.pool) as connection:
             rows = await connection.fetch(
-                f"SELECT {_EVENT_COLUMNS} FROM raw_event {conditions.clause}"  # noqa: S608  constants of this module
+                f"SELECT {_EVENT_COLUMNS} FROM {_EVENTS} {conditions.clause}"  # noqa: S608  constants of this module
                 " ORDER BY event_time DESC, message_id DESC, body_sha256 DESC"
                 f" LIMIT {int(limit)}",
                 *conditions.values,
@@ -298,7 +363,7 @@ class ReportStore:
         else:
             async with db.connection(self.pool) as connection:
                 row = await connection.fetchrow(
-                    f"SELECT {_EVENT_COLUMNS}, headers, body FROM raw_event"  # noqa: S608  a constant of this module
+                    f"SELECT {_EVENT_COLUMNS}, headers, body FROM {_EVENTS}"  # noqa: S608  a constant of this module
                     " WHERE event_time = $1 AND body_sha256 = $2"
                     " AND ($3::text[] IS NULL OR project_id = ANY($3))",
                     event_time,
@@ -312,11 +377,13 @@ class ReportStore:
     async def unfolded(self) -> int:
         """How many resources have stored messages that their history does not hold yet.
 
+        Of a large backlog at least the oldest hundred batches are counted.
+
         Raises:
             DatabaseUnavailable: the database is away.
         """
         async with db.connection(self.pool) as connection:
-            return int(await connection.fetchval("SELECT count(*) FROM dirty"))
+            return int(await connection.fetchval(_UNFOLDED))
 
     async def overview(self) -> Overview:
         """Counters of the last day, and how far behind the fold is.
@@ -333,13 +400,20 @@ class ReportStore:
                 " coalesce(sum(problem), 0)::bigint AS problem, max(last_at) AS last_received_at"
                 " FROM ingest_tally WHERE hour > now() - interval '1 day'"
             )
-            dirty = await connection.fetchrow(_DIRTY)
+            dirty = int(await connection.fetchval(_UNFOLDED))
+            oldest = await connection.fetchval(
+                "SELECT coalesce(extract(epoch FROM now() - min(marked_at)), 0)::float8 FROM touched"
+            )
             unpartitioned = await connection.fetchval(
                 "SELECT count(*) FROM (SELECT FROM raw_event_default LIMIT 100000) AS found"
             )
         assert tally is not None
-        assert dirty is not None
-        return Overview(**dict(tally), **dict(dirty), unpartitioned=unpartitioned)
+        return Overview(
+            **dict(tally),
+            dirty=dirty,
+            oldest_dirty_seconds=oldest,
+            unpartitioned=unpartitioned,
+        )
 
 
 class _Conditions:
@@ -352,9 +426,10 @@ class _Conditions:
         self.values: list[object] = list(values)
         self._texts: list[str] = []
 
-    def say(self, text: str) -> None:
-        """`text` holds; it may speak of values given at the beginning."""
-        self._texts.append(text)
+    def value(self, value: object) -> str:
+        """A place in the statement for one more value."""
+        self.values.append(value)
+        return f"${len(self.values)}"
 
     def add(self, text: str, *values: object) -> None:
         """`text` holds with `values` in place of its braces; nothing, where a value is None."""
@@ -368,9 +443,10 @@ class _Conditions:
         """The clause; empty where nothing restricts."""
         return f"WHERE {' AND '.join(self._texts)}" if self._texts else ""
 
-
-def _product(attribute: str | None) -> str:
-    return "span" if attribute is None else f"span * {attribute}"
+    @property
+    def also(self) -> str:
+        """The conditions behind others; empty where nothing restricts."""
+        return "".join(f" AND {text}" for text in self._texts)
 
 
 def _projects(scope: Scope, project_id: str | None) -> list[str] | None:

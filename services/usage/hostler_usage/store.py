@@ -1,108 +1,110 @@
-"""The ledger in PostgreSQL: notifications go in once, whatever is delivered how often, and histories follow.
+"""The ledger in PostgreSQL: notifications go in once, whatever is delivered how often.
 
 `ingest` writes messages, what they say, and which resources that touches in one transaction: either
-all of it is there, or none and the messages come again. `fold_some` makes the touched histories
-anew. Both may run in any number of processes: rows are taken in the order of their keys, so that
-writers queue up rather than lock each other out. Reading for people is in `report_store`.
+all of it is there, or none and the messages come again. What follows from them is in `fold_store`,
+reading for people in `report_store`. All may run in any number of processes: rows are taken in the
+order of their keys, so that writers queue up rather than lock each other out.
 """
 
 import json
 import uuid
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence, Set
+from collections.abc import Mapping as Table
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import asyncpg
 
 from hostler_common import db
-from hostler_usage.event import Event, Tally
-from hostler_usage.intervals import History, Interval, fold
-from hostler_usage.observation import Evidence, Kind, Observation, Rank, ResourceKey
-from hostler_usage.rules import NORM_VERSION, state_class
-from hostler_usage.times import epoch_microseconds
+from hostler_usage.event import Event, Origin, Tally
+from hostler_usage.row_set import key_columns
+from hostler_usage.statement import ResourceKey, encode
 
-_COLUMN_OF = {
-    "project": "project_id",
-    "user": "user_id",
-    "state": "state",
-    "flavor": "flavor",
-    "image": "image",
-    "host": "host",
-    "zone": "zone",
-    "volume_type": "volume_type",
-    "vcpus": "vcpus",
-    "memory_mb": "memory_mb",
-    "disk_gb": "disk_gb",
-    "size_gb": "size_gb",
-}
+_COLUMNS = (
+    "event_time",
+    "message_id",
+    "body_sha256",
+    "origin",
+    "region",
+    "event_type",
+    "publisher_id",
+    "priority",
+    "request_id",
+    "project_id",
+    "resource_type",
+    "resource_id",
+    "has_own_id",
+    "is_known",
+    "problems",
+    "headers",
+    "said",
+    "body",
+)
+_ORIGINS_KEPT = 10_000
 
-
-def event_id(event_time: datetime, digest: bytes) -> str:
-    """The name of a stored message in the API: its event time and its body's sha256."""
-    return f"{epoch_microseconds(event_time)}-{digest.hex()}"
+# a batch is copied here first, for COPY knows no ON CONFLICT; its rows are gone at the commit
+_STAGING = (
+    "CREATE TEMPORARY TABLE IF NOT EXISTS arrived (event_time timestamptz, message_id text,"
+    " body_sha256 bytea, origin integer, region text, event_type text, publisher_id text,"
+    " priority text, request_id text, project_id text, resource_type text, resource_id text,"
+    " has_own_id boolean, is_known boolean, problems text[], headers text,"
+    " said text COMPRESSION lz4, body bytea COMPRESSION lz4) ON COMMIT DELETE ROWS"
+)
+_MERGE = (
+    "WITH stored AS (INSERT INTO raw_event"  # noqa: S608  constants of this module
+    f" ({', '.join(_COLUMNS)})"
+    f" SELECT {', '.join(f'{name}::jsonb' if name == 'headers' else name for name in _COLUMNS)}"
+    " FROM arrived ORDER BY event_time, message_id, body_sha256"
+    " ON CONFLICT DO NOTHING RETURNING is_known, problems)"
+    " SELECT count(*) AS stored, count(*) FILTER (WHERE NOT is_known) AS unknown_type,"
+    " count(*) FILTER (WHERE problems IS NOT NULL) AS problem FROM stored"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Store:
-    """All writing. `writer` is this process, for tallies that replicas do not share."""
+    """All writing of messages. `writer` is this process, for tallies that replicas do not share."""
 
     pool: db.Pool
     writer: uuid.UUID
+    _origins: dict[Origin, int] = field(default_factory=dict)
 
     async def ingest(self, events: Sequence[Event]) -> Tally:
-        """Every event is stored, exactly once, and its resource is marked to be folded.
+        """Every event is stored, exactly once, and its resources are marked to be folded.
 
         Raises:
             DatabaseUnavailable: nothing is stored, or (when the connection broke at the commit)
                 all of it is; ingesting the same events again is right in both cases.
         """
-        by_key = {event.key: event for event in sorted(events, key=lambda event: event.key)}
+        origins = await self._numbers({event.origin for event in events})
+        rows = [_event_row(event, origins[event.origin]) for event in events]
+        apart = [row for event in events for row in _apart_rows(event)]
+        touched = {
+            said.resource
+            for event in events
+            for said in event.normalised.said
+            if said.statement is not None
+        }
         async with db.transaction(self.pool) as connection:
-            new = [by_key[key] for key in await _insert_events(connection, by_key.values())]
-            conflicts = await _note_conflicts(connection, new) if new else 0
-            await _insert_observations(connection, new)
-            await _mark_dirty(
-                connection,
-                {
-                    event.normalised.resource
-                    for event in new
-                    if event.normalised.resource and event.normalised.observations
-                },
-            )
+            await connection.execute(_STAGING)
+            await connection.copy_records_to_table("arrived", records=rows, columns=_COLUMNS)
+            try:
+                merged = await connection.fetchrow(_MERGE)
+            except asyncpg.CheckViolationError as exc:
+                # it was on its way to the default partition while its own was being attached
+                raise db.DatabaseBusy("a partition was made meanwhile") from exc
+            assert merged is not None
             tally = Tally(
-                stored=len(new),
-                duplicate=len(events) - len(new),
-                conflict=conflicts,
-                unknown_type=sum(not event.normalised.is_known for event in new),
-                problem=sum(bool(event.normalised.problems) for event in new),
+                **dict(merged),
+                duplicate=len(events) - merged["stored"],
+                conflict=await _note_conflicts(connection) if merged["stored"] else 0,
             )
-            await _count(connection, self.writer, events[0].source, tally)
+            if apart:
+                await _insert_apart(connection, apart)
+            if touched and tally.stored:
+                await _mark_touched(connection, touched)
+            await _count(connection, self.writer, events[0].origin.source, tally)
         return tally
-
-    async def fold_some(self, limit: int = 100) -> int:
-        """Up to `limit` touched resources have their history made anew; return how many.
-
-        A resource that is touched meanwhile is marked again after this transaction, never lost.
-
-        Raises:
-            DatabaseUnavailable: nothing was changed.
-        """
-        async with db.transaction(self.pool) as connection:
-            rows = await connection.fetch(
-                "DELETE FROM dirty d USING (SELECT region, resource_type, resource_id"
-                "   FROM dirty ORDER BY marked_at LIMIT $1 FOR UPDATE SKIP LOCKED) taken"
-                " WHERE (d.region, d.resource_type, d.resource_id)"
-                "     = (taken.region, taken.resource_type, taken.resource_id)"
-                " RETURNING d.region, d.resource_type, d.resource_id",
-                limit,
-            )
-            keys = sorted(_key(row) for row in rows)
-            if keys:
-                observations = await _load_observations(connection, keys)
-                histories = {key: fold(observations[key]) for key in keys}
-                await _replace_histories(connection, histories)
-        return len(keys)
 
     async def make_partitions(self, months: Iterable[datetime]) -> list[str]:
         """Each of the months has its partition; return those that were made.
@@ -119,56 +121,52 @@ class Store:
                     made.append(f"{month:%Y-%m}")
         return made
 
-
-# --- ingest
-
-
-async def _insert_events(
-    connection: db.Connection, events: Iterable[Event]
-) -> list[tuple[object, ...]]:
-    columns = list(zip(*(_event_row(event) for event in events), strict=True))
-    try:
-        rows = await _insert(connection, columns)
-    except asyncpg.CheckViolationError as exc:
-        # it was on its way to the default partition while its own was being attached
-        raise db.DatabaseBusy("a partition was made meanwhile") from exc
-    return [tuple(row) for row in rows]
+    async def _numbers(self, origins: Set[Origin]) -> Table[Origin, int]:
+        """The numbers of these origins; new ones are given."""
+        found = {origin: self._origins[origin] for origin in origins & self._origins.keys()}
+        missing = origins - found.keys()
+        if missing:
+            async with db.transaction(self.pool) as connection:
+                for origin in sorted(missing):
+                    found[origin] = await _number(connection, origin)
+            if len(self._origins) + len(found) > _ORIGINS_KEPT:
+                self._origins.clear()  # whoever sends thousands of routing keys waits for it
+            self._origins.update(found)
+        return found
 
 
-async def _insert(
-    connection: db.Connection, columns: Sequence[tuple[object, ...]]
-) -> list[asyncpg.Record]:
-    return await connection.fetch(
-        "INSERT INTO raw_event (event_time, message_id, body_sha256, source, region, exchange,"
-        " routing_key, event_type, publisher_id, priority, request_id, project_id, resource_type,"
-        " resource_id, has_own_id, problems, content_type, content_encoding, headers, body)"
-        " SELECT event_time, message_id, body_sha256, source, region, exchange, routing_key,"
-        " event_type, publisher_id, priority, request_id, project_id, resource_type, resource_id,"
-        " has_own_id, coalesce(string_to_array(nullif(problems, ''), ','), '{}'), content_type,"
-        " content_encoding, headers::jsonb, body"
-        " FROM unnest($1::timestamptz[], $2::text[], $3::bytea[], $4::text[], $5::text[],"
-        " $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[],"
-        " $13::text[], $14::text[], $15::boolean[], $16::text[], $17::text[], $18::text[],"
-        " $19::text[], $20::bytea[]) AS event (event_time, message_id, body_sha256, source,"
-        " region, exchange, routing_key, event_type, publisher_id, priority, request_id,"
-        " project_id, resource_type, resource_id, has_own_id, problems, content_type,"
-        " content_encoding, headers, body)"
-        " ON CONFLICT DO NOTHING RETURNING event_time, message_id, body_sha256",
-        *columns,
+async def _number(connection: db.Connection, origin: Origin) -> int:
+    values = (
+        origin.source,
+        origin.exchange,
+        origin.routing_key,
+        origin.content_type,
+        origin.content_encoding,
     )
+    await connection.execute(
+        "INSERT INTO origin (source, exchange, routing_key, content_type, content_encoding)"
+        " VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
+        *values,
+    )
+    number: int = await connection.fetchval(
+        "SELECT id FROM origin WHERE (source, exchange, routing_key, content_type,"
+        " content_encoding) = ($1, $2, $3, $4, $5)",
+        *values,
+    )
+    return number
 
 
-def _event_row(event: Event) -> tuple[object, ...]:
+def _event_row(event: Event, origin: int) -> tuple[object, ...]:
     notification, normalised = event.notification, event.normalised
-    resource = normalised.resource
+    said = normalised.said[0] if normalised.said else None
+    resource = said.resource if said else None
+    statement = said.statement if said else None
     return (
         notification.timestamp,
         notification.message_id,
         notification.digest,
-        event.source,
+        origin,
         event.region,
-        event.exchange,
-        event.routing_key,
         notification.event_type,
         notification.publisher_id,
         notification.priority,
@@ -177,77 +175,60 @@ def _event_row(event: Event) -> tuple[object, ...]:
         resource.resource_type if resource else None,
         resource.resource_id if resource else None,
         notification.has_own_id,
-        ",".join(normalised.problems),
-        event.content_type,
-        event.content_encoding,
-        json.dumps(event.headers),
+        normalised.is_known,
+        normalised.problems or None,
+        json.dumps(event.headers) if event.headers else None,
+        encode(statement) if statement else None,
         event.body,
     )
 
 
-async def _note_conflicts(connection: db.Connection, new: Sequence[Event]) -> int:
-    """How many of the new events have another body under their id."""
+def _apart_rows(event: Event) -> Iterable[tuple[object, ...]]:
+    """What the event says of further resources."""
+    notification = event.notification
+    for said in event.normalised.said[1:]:
+        if said.statement is not None:
+            yield (
+                said.resource.region,
+                str(said.resource.resource_type),
+                said.resource.resource_id,
+                notification.timestamp,
+                notification.message_id,
+                notification.digest,
+                encode(said.statement),
+            )
+
+
+async def _insert_apart(connection: db.Connection, rows: Sequence[tuple[object, ...]]) -> None:
+    ordered = sorted(rows, key=lambda row: (row[2], row[1], row[0], row[3:6]))
+    await connection.execute(
+        "INSERT INTO statement_apart (region, resource_type, resource_id, event_time, message_id,"
+        " body_sha256, said) SELECT * FROM unnest($1::text[], $2::text[], $3::text[],"
+        " $4::timestamptz[], $5::text[], $6::bytea[], $7::text[]) ON CONFLICT DO NOTHING",
+        *(list(column) for column in zip(*ordered, strict=True)),
+    )
+
+
+async def _note_conflicts(connection: db.Connection) -> int:
+    """How many message ids of this batch stand over more than one body."""
     rows = await connection.fetch(
         "INSERT INTO event_conflict (event_time, message_id, bodies)"
         " SELECT event_time, message_id, count(*) FROM raw_event"
-        " WHERE (event_time, message_id) IN (SELECT * FROM unnest($1::timestamptz[], $2::text[]))"
+        " WHERE (event_time, message_id) IN (SELECT event_time, message_id FROM arrived)"
         " GROUP BY event_time, message_id HAVING count(*) > 1 ORDER BY event_time, message_id"
         " ON CONFLICT (event_time, message_id)"
         " DO UPDATE SET bodies = excluded.bodies, noticed_at = now()"
+        " WHERE event_conflict.bodies <> excluded.bodies"
         " RETURNING event_time",
-        [event.notification.timestamp for event in new],
-        [event.notification.message_id for event in new],
     )
     return len(rows)
 
 
-async def _insert_observations(connection: db.Connection, new: Sequence[Event]) -> None:
-    rows = [
-        (
-            resource.region,
-            resource.resource_type,
-            resource.resource_id,
-            item.evidence.event_time,
-            item.evidence.message_id,
-            item.evidence.digest,
-            ordinal,
-            str(item.kind),
-            item.t_eff,
-            int(item.rank),
-            item.opens,
-            item.is_rounded,
-            json.dumps(dict(item.attributes)),
-        )
-        for event in new
-        if (resource := event.normalised.resource) is not None
-        for ordinal, item in enumerate(event.normalised.observations)
-    ]
-    if rows:
-        await connection.execute(
-            "INSERT INTO observation SELECT region, resource_type, resource_id, event_time,"
-            " message_id, body_sha256, ordinal, kind, t_eff, rank, opens, is_rounded,"
-            " attributes::jsonb, $14"
-            " FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::text[],"
-            " $6::bytea[], $7::smallint[], $8::text[], $9::timestamptz[], $10::smallint[],"
-            " $11::boolean[], $12::boolean[], $13::text[]) AS item (region, resource_type,"
-            " resource_id, event_time, message_id, body_sha256, ordinal, kind, t_eff, rank, opens,"
-            " is_rounded, attributes)"
-            " ON CONFLICT DO NOTHING",
-            *zip(*rows, strict=True),
-            NORM_VERSION,
-        )
-
-
-async def _mark_dirty(connection: db.Connection, resources: Iterable[ResourceKey]) -> None:
-    keys = sorted(resources)
-    if keys:
-        # an update, not "do nothing": it waits for a fold that holds the row, and then inserts anew
-        await connection.execute(
-            "INSERT INTO dirty (region, resource_type, resource_id)"
-            " SELECT * FROM unnest($1::text[], $2::text[], $3::text[])"
-            " ON CONFLICT (region, resource_type, resource_id) DO UPDATE SET marked_at = dirty.marked_at",
-            *_key_columns(keys),
-        )
+async def _mark_touched(connection: db.Connection, resources: Iterable[ResourceKey]) -> None:
+    await connection.execute(
+        "INSERT INTO touched (regions, resource_types, resource_ids) VALUES ($1, $2, $3)",
+        *key_columns(sorted(resources)),
+    )
 
 
 async def _count(connection: db.Connection, writer: uuid.UUID, source: str, tally: Tally) -> None:
@@ -266,133 +247,6 @@ async def _count(connection: db.Connection, writer: uuid.UUID, source: str, tall
         tally.unknown_type,
         tally.problem,
     )
-
-
-# --- fold
-
-
-def _key(row: asyncpg.Record) -> ResourceKey:
-    return ResourceKey(
-        region=row["region"],
-        resource_type=row["resource_type"],
-        resource_id=row["resource_id"],
-    )
-
-
-def _key_columns(keys: Sequence[ResourceKey]) -> tuple[list[str], list[str], list[str]]:
-    return (
-        [key.region for key in keys],
-        [str(key.resource_type) for key in keys],
-        [key.resource_id for key in keys],
-    )
-
-
-async def _load_observations(
-    connection: db.Connection, keys: Sequence[ResourceKey]
-) -> Mapping[ResourceKey, list[Observation]]:
-    rows = await connection.fetch(
-        "SELECT o.* FROM unnest($1::text[], $2::text[], $3::text[])"
-        "  AS k (region, resource_type, resource_id)"
-        " JOIN observation o USING (region, resource_type, resource_id)",
-        *_key_columns(keys),
-    )
-    found: dict[ResourceKey, list[Observation]] = defaultdict(list)
-    for row in rows:
-        found[_key(row)].append(
-            Observation(
-                kind=Kind(row["kind"]),
-                t_eff=row["t_eff"],
-                rank=Rank(row["rank"]),
-                opens=row["opens"],
-                is_rounded=row["is_rounded"],
-                attributes=tuple(sorted(row["attributes"].items())),
-                evidence=Evidence(
-                    event_time=row["event_time"],
-                    message_id=row["message_id"],
-                    digest=row["body_sha256"],
-                ),
-            )
-        )
-    return found
-
-
-async def _replace_histories(
-    connection: db.Connection, histories: Mapping[ResourceKey, History]
-) -> None:
-    """The intervals of these resources are these; rows that are right already are not touched."""
-    keys = list(histories)
-    wanted = {
-        (*_key_tuple(key), interval.start): _interval_row(key, interval)
-        for key, history in histories.items()
-        for interval in history.intervals
-    }
-    rows = await connection.fetch(
-        "SELECT i.* FROM unnest($1::text[], $2::text[], $3::text[])"
-        "  AS k (region, resource_type, resource_id)"
-        " JOIN usage_interval i USING (region, resource_type, resource_id)",
-        *_key_columns(keys),
-    )
-    present = {tuple(row)[:4]: tuple(row) for row in rows}
-    wrong = [key for key, row in present.items() if wanted.get(key) != row]
-    if wrong:
-        await connection.executemany(
-            "DELETE FROM usage_interval WHERE (region, resource_type, resource_id, starts_at)"
-            " = ($1, $2, $3, $4)",
-            wrong,
-        )
-    await connection.executemany(
-        "INSERT INTO usage_interval VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12,"
-        " $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)",
-        [row for key, row in wanted.items() if present.get(key) != row],
-    )
-    await connection.executemany(
-        "INSERT INTO resource (region, resource_type, resource_id, anomalies)"
-        " VALUES ($1, $2, $3, $4) ON CONFLICT (region, resource_type, resource_id)"
-        " DO UPDATE SET anomalies = excluded.anomalies, folded_at = now()",
-        [
-            (*_key_tuple(key), [str(item) for item in history.anomalies])
-            for key, history in histories.items()
-        ],
-    )
-
-
-def _key_tuple(key: ResourceKey) -> tuple[str, str, str]:
-    return (key.region, str(key.resource_type), key.resource_id)
-
-
-def _interval_row(key: ResourceKey, interval: Interval) -> tuple[object, ...]:
-    """The row in the order of the table's columns."""
-    values = {column: interval.attributes.get(name) for name, column in _COLUMN_OF.items()}
-    state = values["state"]
-    return (
-        *_key_tuple(key),
-        interval.start,
-        interval.end,
-        values["project_id"],
-        values["user_id"],
-        state,
-        state_class(state if isinstance(state, str) else None),
-        values["flavor"],
-        values["image"],
-        values["host"],
-        values["zone"],
-        values["volume_type"],
-        values["vcpus"],
-        values["memory_mb"],
-        values["disk_gb"],
-        values["size_gb"],
-        dict(interval.attributes),
-        [_cited(item) for item in interval.opened_by],
-        [_cited(item) for item in interval.closed_by],
-        str(interval.provenance),
-    )
-
-
-def _cited(evidence: Evidence) -> dict[str, str]:
-    return {
-        "message_id": evidence.message_id,
-        "event_id": event_id(evidence.event_time, evidence.digest),
-    }
 
 
 # --- partitions

@@ -10,14 +10,22 @@ same messages, ids included.
 import json
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Literal
+
+from hostler_usage.envelope import Notification
+from hostler_usage.mapping_file import packaged
+from hostler_usage.normalise import Normaliser
+from hostler_usage.observation import Observation
+from hostler_usage.observe import observe
+from hostler_usage.statement import Evidence, ResourceType
 
 Action = Literal["create", "resize", "stop", "start", "rebuild", "delete"]
 VolumeAction = Literal["create", "extend", "attach", "detach", "transfer", "delete"]
 Payload = dict[str, object]
 
+INSTANCE, VOLUME = ResourceType("instance"), ResourceType("volume")
 LEGACY, VERSIONED = "notifications", "versioned_notifications"
 _IDS = uuid.UUID("6f3e7a51-37c5-4b0e-8a3c-2f9a1f0d5b11")
 _HOUR = timedelta(hours=1)
@@ -71,6 +79,7 @@ class Message:
     payload: Payload
     message_id: str = ""
     priority: str = "INFO"
+    request_id: str = ""
 
     def body(self, envelope: Literal["v1", "v2"] = "v2") -> bytes:
         """The bytes oslo.messaging's driver messaging (v1) or messagingv2 (v2) would send."""
@@ -83,7 +92,8 @@ class Message:
                 "payload": self.payload,
                 "timestamp": str(self.timestamp.replace(tzinfo=None)),
                 "_unique_id": uuid.uuid5(_IDS, self.message_id).hex,
-                "_context_request_id": f"req-{uuid.uuid5(_IDS, self.message_id)}",
+                "_context_request_id": self.request_id
+                or f"req-{uuid.uuid5(_IDS, self.message_id)}",
             }
         )
         if envelope == "v1":
@@ -135,7 +145,9 @@ class InstanceLife:
                 yield from self._audit(now, hour)
                 hour += _HOUR
             if step is not None:
-                yield from self._take(step, now, born)
+                request = f"req-{uuid.uuid5(_IDS, f'{self.instance_id}/{step.at}')}"
+                for message in self._take(step, now, born):
+                    yield replace(message, request_id=request)
 
     def _audit(self, now: _Now, hour: datetime) -> Iterator[Message]:
         ended = now.deleted_at
@@ -364,12 +376,15 @@ class VolumeLife:
             )
             status = {"attach": "in-use", "delete": "deleting"}.get(step.action, "available")
             before = self._payload(size, owner, server, status)
-            yield self._message(f"{name}.start", step.at - 500 * ms, before)
+            request = f"req-{uuid.uuid5(_IDS, f'{self.volume_id}/{step.at}')}"
+            start = self._message(f"{name}.start", step.at - 500 * ms, before)
+            yield replace(start, request_id=request)
             size, owner = step.size_gb or size, step.project_id or owner
             server = {"attach": step.instance_id, "detach": None}.get(step.action, server)
             after = self._payload(size, owner, server, status)
             lag = 300 * ms if step.action == "create" else 0 * ms
-            yield self._message(f"{name}.end", step.at + lag, after)
+            end = self._message(f"{name}.end", step.at + lag, after)
+            yield replace(end, request_id=request)
             if step.action == "delete":
                 return
 
@@ -403,15 +418,7 @@ class VolumeLife:
 
 
 def _numbered(message: Message, seed: str) -> Message:
-    return Message(
-        topic=message.topic,
-        event_type=message.event_type,
-        publisher_id=message.publisher_id,
-        timestamp=message.timestamp,
-        payload=message.payload,
-        message_id=str(uuid.uuid5(_IDS, seed)),
-        priority=message.priority,
-    )
+    return replace(message, message_id=str(uuid.uuid5(_IDS, seed)))
 
 
 def _object(name: str, data: Mapping[str, object]) -> Payload:
@@ -433,3 +440,21 @@ def _strtime(moment: datetime | None) -> str:
 
 def _zulu(moment: datetime | None) -> str | None:
     return None if moment is None else moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def observed(notification: Notification) -> list[Observation]:
+    """All that follows from a notification under the packaged mapping, whichever resource it is of."""
+    mapping = packaged()
+    evidence = Evidence(
+        event_time=notification.timestamp,
+        message_id=notification.message_id,
+        digest=notification.digest,
+    )
+    return [
+        observation
+        for said in Normaliser(mapping).read(notification, region="r1").said
+        if said.statement is not None
+        for observation in observe(
+            said.statement, mapping.resources[said.resource.resource_type], evidence
+        )
+    ]

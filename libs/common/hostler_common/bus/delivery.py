@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from aio_pika.abc import AbstractIncomingMessage
+from aio_pika.message import decode_timestamp
+from aiormq.abc import DeliveredMessage
 
 from hostler_common.bus.topology import Message, Queue
 
 ATTEMPT_HEADER = "x-attempt"
 ORIGIN_EXCHANGE_HEADER = "x-origin-exchange"
 ORIGIN_ROUTING_KEY_HEADER = "x-origin-routing-key"
+# what a quorum queue adds when it hands a message out again
+_BROKERS_HEADERS = ("x-delivery-count", "x-acquired-count")
 
 
 class Retry(Exception):
@@ -60,7 +63,11 @@ class Quarantine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Hand over up to ``size`` deliveries at once, waiting at most ``seconds`` for more after the first."""
+    """Hand over up to ``size`` deliveries at once, waiting at most ``seconds`` for more after the first.
+
+    The next batch is handed over while the one before is still being handled, and acked after it: what one waits for
+    the database, the other uses to be read. A handler therefore runs twice at a time.
+    """
 
     size: int = 500
     seconds: float = 0.1
@@ -85,9 +92,12 @@ class Subscription:
     concurrency: int = 8
 
 
-def delivered(queue: str, message: AbstractIncomingMessage) -> Delivery:
+def delivered(queue: str, message: DeliveredMessage) -> Delivery:
     """The broker's message as it was first published, whatever it went through since."""
-    headers = dict(message.headers or {})
+    properties = message.header.properties
+    headers = dict(properties.headers or {})
+    for name in _BROKERS_HEADERS:
+        headers.pop(name, None)
     attempt = headers.pop(ATTEMPT_HEADER, 0)
     return Delivery(
         queue=queue,
@@ -95,12 +105,12 @@ def delivered(queue: str, message: AbstractIncomingMessage) -> Delivery:
         routing_key=str(headers.pop(ORIGIN_ROUTING_KEY_HEADER, message.routing_key or "")),
         body=message.body,
         headers=headers,
-        message_id=message.message_id,
-        type=message.type,
-        app_id=message.app_id,
-        content_type=message.content_type,
-        content_encoding=message.content_encoding,
-        timestamp=message.timestamp,
+        message_id=properties.message_id,
+        type=properties.message_type,
+        app_id=properties.app_id,
+        content_type=properties.content_type,
+        content_encoding=properties.content_encoding,
+        timestamp=decode_timestamp(properties.timestamp),
         redelivered=bool(message.redelivered),
         # anybody may have written the header: only what our own ladder writes is believed
         attempt=(attempt if isinstance(attempt, int) and 0 < attempt < 1000 else 0) + 1,

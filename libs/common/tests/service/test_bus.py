@@ -1,6 +1,7 @@
 """The bus against a real broker."""
 
 import asyncio
+import urllib.parse
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -422,3 +423,199 @@ async def test_a_message_whose_rung_of_the_ladder_is_gone_is_kept_in_quarantine(
     assert code == "message.retries_exhausted"
     assert "not now" in reason
     assert "work.retry.1s" in reason
+
+
+class Gates:
+    """A batch handler in which each body waits until the test lets it through; `bad` ones are rejected."""
+
+    def __init__(self, *bodies: bytes, bad: Sequence[bytes] = ()) -> None:
+        self.begun: list[bytes] = []
+        self.done: list[bytes] = []
+        self._bad = set(bad)
+        self._gates = {body: asyncio.Event() for body in bodies}
+
+    async def __call__(self, deliveries: Sequence[bus.Delivery]) -> None:
+        bodies = [delivery.body for delivery in deliveries]
+        self.begun += bodies
+        for body in bodies:
+            await self._gates[body].wait()
+        if self._bad.intersection(bodies):
+            raise bus.Reject("bad")
+        self.done += bodies
+
+    def let(self, *bodies: bytes) -> None:
+        """These go on."""
+        for body in bodies:
+            self._gates[body].set()
+
+    async def begins(self, *bodies: bytes) -> None:
+        """All of these are being handled, or were."""
+
+        async def holds() -> bool:
+            return set(bodies) <= set(self.begun)
+
+        await eventually(holds)
+
+    async def ends(self, *bodies: bytes) -> None:
+        """All of these were handled."""
+
+        async def holds() -> bool:
+            return set(bodies) <= set(self.done)
+
+        await eventually(holds)
+
+
+def running_bus(
+    amqp_url: str, subscription: bus.Subscription
+) -> tuple[bus.Bus, "asyncio.Task[None]"]:
+    """A bus that the test may end as it likes: nothing is drained."""
+    opened = bus.Bus(SecretStr(amqp_url), name="test", metrics=bus.BusMetrics(CollectorRegistry()))
+    opened.consume(subscription)
+    return opened, asyncio.create_task(opened.run())
+
+
+async def two_in_flight(opened: bus.Bus, handle: Gates) -> None:
+    """`first` is being handled, and `second`, a batch of its own, was."""
+    await opened.wait_up(60)
+    await opened.publish(message("first"))
+    await handle.begins(b"first")
+    await opened.publish(message("second"))
+    handle.let(b"second")
+    await handle.ends(b"second")
+
+
+async def left(amqp_url: str, name: str) -> int:
+    """How many messages the queue has, once its consumers are gone and what they held was returned."""
+
+    async def deserted() -> Any:
+        connection = await aio_pika.connect(amqp_url)
+        async with connection:
+            channel = await connection.channel()
+            found = (await channel.declare_queue(name, passive=True)).declaration_result
+            return None if found.consumer_count else found
+
+    return (await eventually(deserted)).message_count or 0
+
+
+ONE_BY_ONE = bus.Batch(size=1, seconds=0.05)
+
+
+async def test_a_later_batch_is_not_acked_before_the_one_before_it_was_handled(
+    amqp_url: str,
+) -> None:
+    handle = Gates(b"first", b"second")
+    opened, running = running_bus(amqp_url, subscribe(handle, batch=ONE_BY_ONE))
+    await two_in_flight(opened, handle)
+    assert handle.done == [b"second"]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert await left(amqp_url, "work") == 2
+
+
+async def test_a_consumer_that_dies_over_a_batch_acks_nothing_that_came_after_it(
+    amqp_url: str,
+) -> None:
+    class Broken(Kept):
+        async def put(self, delivery: bus.Delivery, *, code: str, reason: str) -> None:
+            raise LookupError("nobody foresaw this")
+
+    handle = Gates(b"first", b"second", bad=[b"first"])
+    opened, running = running_bus(amqp_url, subscribe(handle, kept=Broken(), batch=ONE_BY_ONE))
+    await two_in_flight(opened, handle)
+    handle.let(b"first")
+    (died,) = await asyncio.gather(running, return_exceptions=True)
+    assert isinstance(died, ExceptionGroup)
+    assert died.subgroup(LookupError)
+    assert await left(amqp_url, "work") == 2
+
+
+async def test_a_batch_that_fails_after_the_next_one_was_handled_is_settled_all_the_same(
+    amqp_url: str,
+) -> None:
+    kept = Kept()
+    handle = Gates(b"a", b"bad", b"b", b"second", bad=[b"bad"])
+    batch = bus.Batch(size=3, seconds=0.3)
+
+    async def all_settled() -> bool:
+        return len(handle.done) == 3 and len(kept.rows) == 1
+
+    async with open_bus(amqp_url, subscribe(handle, kept=kept, batch=batch, prefetch=9)) as opened:
+        await opened.publish_many([message("a"), message("bad"), message("b")])
+        await handle.begins(b"a", b"bad", b"b")
+        await opened.publish(message("second"))
+        handle.let(b"second")
+        await handle.ends(b"second")
+        assert (handle.done, kept.rows) == ([b"second"], [])
+        handle.let(b"a", b"bad", b"b")
+        await eventually(all_settled)
+    assert handle.done == [b"second", b"a", b"b"]
+    assert [delivery.body for delivery, _, _ in kept.rows] == [b"bad"]
+    assert await left(amqp_url, "work") == 0
+
+
+async def test_poison_in_a_later_batch_is_put_away_in_its_turn(amqp_url: str) -> None:
+    kept = Kept()
+    handle = Gates(b"first", b"poison", b"good", bad=[b"poison"])
+
+    async def put_away() -> bool:
+        return bool(kept.rows)
+
+    async with open_bus(
+        amqp_url, subscribe(handle, kept=kept, batch=ONE_BY_ONE, prefetch=9)
+    ) as opened:
+        await opened.publish(message("first"))
+        await handle.begins(b"first")
+        await opened.publish_many([message("poison"), message("good")])
+        handle.let(b"poison", b"good")
+        await handle.begins(b"poison")
+        assert not kept.rows
+        handle.let(b"first")
+        await eventually(put_away)
+        await handle.ends(b"first", b"good")
+    assert handle.done == [b"first", b"good"]
+    assert [delivery.body for delivery, _, _ in kept.rows] == [b"poison"]
+    assert await left(amqp_url, "work") == 0
+
+
+async def test_batches_whose_channel_is_lost_between_them_come_again(
+    rabbitmq: servers.RabbitMQ, amqp_url: str
+) -> None:
+    handle = Gates(b"first", b"second")
+    vhost = amqp_url.rsplit("/", 1)[1]
+
+    async def cut() -> bool:
+        listed = await asyncio.to_thread(
+            rabbitmq.manage, "GET", f"/api/vhosts/{vhost}/connections"
+        )
+        assert isinstance(listed, list)
+        for connection in listed:
+            name = urllib.parse.quote(connection["name"], safe="")
+            await asyncio.to_thread(rabbitmq.manage, "DELETE", f"/api/connections/{name}")
+        return len(listed) == 2
+
+    async def came_again() -> bool:
+        return handle.begun.count(b"first") == handle.done.count(b"second") == 2
+
+    async with open_bus(amqp_url, subscribe(handle, batch=ONE_BY_ONE)) as opened:
+        await two_in_flight(opened, handle)
+        await eventually(cut)
+        handle.let(b"first")
+        await eventually(came_again)
+        await handle.ends(b"first")
+        assert opened.is_up
+    assert sorted(handle.done) == [b"first", b"first", b"second", b"second"]
+    assert await left(amqp_url, "work") == 0
+
+
+async def test_draining_waits_for_both_batches_and_acks_both(amqp_url: str) -> None:
+    handle = Gates(b"first", b"second", b"third")
+    opened, running = running_bus(amqp_url, subscribe(handle, batch=ONE_BY_ONE))
+    await two_in_flight(opened, handle)
+    await opened.publish(message("third"))
+    draining = asyncio.create_task(opened.drain())
+    handle.let(b"first", b"third")
+    await draining
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert handle.done == [b"second", b"first"]
+    assert await left(amqp_url, "work") == 1

@@ -3,23 +3,29 @@
 import asyncio
 import random
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import pairwise
 
 import pytest
 
 from hostler_common import db, testing
 from hostler_usage.envelope import open_body
-from hostler_usage.event import Event, Tally
+from hostler_usage.event import Event, Origin, Tally
+from hostler_usage.fold_store import FoldStore
 from hostler_usage.jobs import months
-from hostler_usage.normalise import normalise
+from hostler_usage.mapping_file import packaged
+from hostler_usage.measures import Window
+from hostler_usage.normalise import Normaliser
+from hostler_usage.report_store import ReportStore, UsageFilter
 from hostler_usage.store import Store
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR = timedelta(hours=1)
+NORMALISER = Normaliser(packaged())
 
 
 def life(number: int) -> InstanceLife:
@@ -39,19 +45,47 @@ def event(message: Message) -> Event:
     notification = open_body(body)
     return Event(
         notification=notification,
-        normalised=normalise(notification, region="r1"),
+        normalised=NORMALISER.read(notification, region="r1"),
         body=body,
-        source="cloud",
         region="r1",
-        exchange="nova",
-        routing_key="notifications.info",
-        content_type="application/json",
-        content_encoding=None,
+        origin=Origin("cloud", "nova", "notifications.info", "application/json", ""),
         headers={},
     )
 
 
+def says_something(event: Event) -> bool:
+    return any(said.statement is not None for said in event.normalised.said)
+
+
 EVENTS = [event(message) for number in range(12) for message in life(number).messages()]
+IMAGES = event(
+    Message(
+        topic="notifications",
+        event_type="image.exists",
+        publisher_id="image.ctl1",
+        timestamp=DAY + 9 * HOUR,
+        message_id="images",
+        payload={
+            "owner": "p1",
+            "audit_period_beginning": str(DAY),
+            "audit_period_ending": str(DAY + 9 * HOUR),
+            "images": [
+                {"id": f"image-{n}", "created_at": str(DAY), "status": "active", "size": 100 * n}
+                for n in (1, 2)
+            ],
+        },
+    )
+)
+COUNTED = event(
+    Message(
+        topic="notifications",
+        event_type="l3.meter",
+        publisher_id="metering.net1",
+        timestamp=DAY + HOUR,
+        message_id="meter",
+        payload={"label_id": "label-1", "project_id": "p1", "bytes": 981124, "pkts": 1184},
+    )
+)
 
 
 @pytest.fixture
@@ -66,16 +100,28 @@ def store(pool: db.Pool) -> Store:
     return Store(pool=pool, writer=uuid.uuid4())
 
 
+@pytest.fixture
+def folds(pool: db.Pool) -> FoldStore:
+    return FoldStore(pool=pool, mapping=packaged())
+
+
 async def fetch(pool: db.Pool, statement: str) -> list[tuple[object, ...]]:
     async with db.connection(pool) as connection:
         return [tuple(row) for row in await connection.fetch(statement)]
 
 
+WRITTEN_BY_INGEST = ("raw_event", "statement_apart", "touched", "ingest_tally")
+MADE = ("usage_interval", "usage_amount")
+TOUCH_EVERYTHING = (
+    "INSERT INTO touched (regions, resource_types, resource_ids) SELECT array_agg(region),"
+    " array_agg(resource_type), array_agg(resource_id) FROM (SELECT DISTINCT region,"
+    " resource_type, resource_id FROM raw_event WHERE said IS NOT NULL) AS k"
+)
 ALL_INTERVALS = (
     "SELECT * FROM usage_interval ORDER BY region, resource_type, resource_id, starts_at"
 )
 HISTORY_OF_ONE = (
-    "SELECT starts_at, ends_at, flavor, state FROM usage_interval"
+    "SELECT starts_at, ends_at, attributes->>'flavor', attributes->>'state' FROM usage_interval"
     " WHERE resource_id = '00000000-0000-4000-8000-000000000000' ORDER BY starts_at"
 )
 
@@ -86,15 +132,46 @@ async def test_a_batch_is_stored_once_whatever_is_in_it_twice(store: Store) -> N
 
 
 async def test_a_batch_that_fails_leaves_nothing_behind(store: Store, pool: db.Pool) -> None:
-    """Neither messages without their observations, nor tallies of what was rolled back."""
-    bad = replace(EVENTS[1], body=None)  # type: ignore[arg-type]  # what the table refuses
+    """Neither messages without what they touch, nor tallies of what was rolled back."""
+    bad = EVENTS[1]._replace(body=None)  # type: ignore[arg-type]  # what the table refuses
     with pytest.raises(Exception, match="null value"):
         await store.ingest([EVENTS[0], bad])
-    for table in ("raw_event", "observation", "dirty", "ingest_tally"):
+    for table in WRITTEN_BY_INGEST:
         assert await fetch(pool, f"SELECT count(*) FROM {table}") == [(0,)]
 
 
-async def test_a_fold_beside_ingest_forgets_no_message(store: Store, pool: db.Pool) -> None:
+async def test_a_batch_that_fails_at_its_last_word_leaves_nothing_behind(
+    store: Store, pool: db.Pool
+) -> None:
+    async with db.connection(pool) as connection:
+        await connection.execute("ALTER TABLE ingest_tally ADD CONSTRAINT broken CHECK (false)")
+    with pytest.raises(Exception, match="broken"):
+        await store.ingest([*EVENTS, IMAGES])
+    for table in WRITTEN_BY_INGEST:
+        assert await fetch(pool, f"SELECT count(*) FROM {table}") == [(0,)]
+    async with db.connection(pool) as connection:
+        await connection.execute("ALTER TABLE ingest_tally DROP CONSTRAINT broken")
+    assert (await store.ingest([*EVENTS, IMAGES])).stored == len(EVENTS) + 1
+    for table in WRITTEN_BY_INGEST:
+        ((rows,),) = await fetch(pool, f"SELECT count(*) FROM {table}")
+        assert rows, table
+
+
+async def test_a_message_of_many_resources_is_folded_for_each_of_them(
+    store: Store, folds: FoldStore, pool: db.Pool
+) -> None:
+    await store.ingest([IMAGES, IMAGES])
+    assert await folds.fold_some() == 2
+    assert await fetch(
+        pool,
+        "SELECT resource_id, project_id, (attributes->>'size_bytes')::int FROM usage_interval"
+        " ORDER BY resource_id",
+    ) == [("image-1", "p1", 100), ("image-2", "p1", 200)]
+
+
+async def test_a_fold_beside_ingest_forgets_no_message(
+    store: Store, folds: FoldStore, pool: db.Pool
+) -> None:
     """Writers and folders run at once, in small steps; the end is what one big fold makes of it."""
     order = list(EVENTS)
     random.Random(3).shuffle(order)
@@ -106,7 +183,7 @@ async def test_a_fold_beside_ingest_forgets_no_message(store: Store, pool: db.Po
 
     async def fold() -> None:
         while not done.is_set():
-            await store.fold_some(3)
+            await folds.fold_some(3)
 
     async with asyncio.TaskGroup() as folders:
         for _ in range(2):
@@ -116,60 +193,84 @@ async def test_a_fold_beside_ingest_forgets_no_message(store: Store, pool: db.Po
                 writers.create_task(write(order[number::3]))
             writers.create_task(write(order[::-1]))
         done.set()
-    while await store.fold_some():
+    while await folds.fold_some():
         pass
     beside = await fetch(pool, ALL_INTERVALS)
     assert len(beside) == 12 * 3
     async with db.connection(pool) as connection:
         await connection.execute(
-            "TRUNCATE usage_interval, resource; INSERT INTO dirty SELECT DISTINCT region,"
-            " resource_type, resource_id FROM observation"
+            f"TRUNCATE usage_interval, usage_amount, resource; {TOUCH_EVERYTHING}"
         )
-    while await store.fold_some():
+    while await folds.fold_some():
         pass
     assert await fetch(pool, ALL_INTERVALS) == beside
 
 
 async def test_a_message_stored_while_its_resource_is_taken_for_a_fold_is_folded_later(
-    store: Store, pool: db.Pool
+    store: Store, folds: FoldStore, pool: db.Pool
 ) -> None:
-    first, second = [event for event in EVENTS if event.normalised.observations][:2]
+    first, second = [event for event in EVENTS if says_something(event)][:2]
     assert first.normalised.resource == second.normalised.resource
     await store.ingest([first])
     async with db.transaction(pool) as folder:  # as fold_some, between its lock and its delete
-        await folder.execute("SELECT FROM dirty FOR UPDATE SKIP LOCKED")
-        ingest = asyncio.create_task(store.ingest([second]))
-
-        async def waits() -> bool:
-            return bool(
-                await fetch(pool, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-            )
-
-        await testing.eventually(waits)
-        await folder.execute("DELETE FROM dirty")
-    await ingest
-    assert await fetch(pool, "SELECT count(*) FROM dirty") == [(1,)]
+        await folder.execute("SELECT FROM touched FOR UPDATE SKIP LOCKED")
+        await store.ingest([second])  # waits for nobody
+        await folder.execute("DELETE FROM touched WHERE id = (SELECT min(id) FROM touched)")
+    assert await fetch(pool, "SELECT count(*) FROM touched") == [(1,)]
+    assert await folds.fold_some() == 1
 
 
-async def test_a_fold_that_finds_nothing_new_writes_nothing(store: Store, pool: db.Pool) -> None:
-    await store.ingest(EVENTS)
-    await store.fold_some()
-    before = await fetch(pool, "SELECT ctid, * FROM usage_interval ORDER BY ctid")
+async def test_two_folds_that_meet_at_a_resource_queue_up_and_the_later_sees_all(
+    store: Store, folds: FoldStore, pool: db.Pool
+) -> None:
+    """Each has a batch of its own; the second must not write what it read before the first."""
+    one = [event for event in EVENTS if event.normalised.resource == EVENTS[0].normalised.resource]
+    await store.ingest(one[: len(one) // 2])
+    assert await folds.fold_some() == 1
+
+    async def waiting(number: int) -> bool:
+        found = await fetch(pool, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        return len(found) == number
+
+    async with db.transaction(pool) as other:
+        await other.execute("SELECT FROM resource FOR UPDATE")
+        tasks = []
+        for number, part in enumerate((one[len(one) // 2 : -2], one[-2:]), start=1):
+            await store.ingest(part)
+            tasks.append(asyncio.create_task(folds.fold_some()))
+            await testing.eventually(partial(waiting, number))
+    assert [await task for task in tasks] == [1, 1]
+    in_turn = await fetch(pool, ALL_INTERVALS)
     async with db.connection(pool) as connection:
-        await connection.execute(
-            "INSERT INTO dirty SELECT DISTINCT region, resource_type, resource_id FROM observation"
-        )
-    assert await store.fold_some() == 12
-    assert await fetch(pool, "SELECT ctid, * FROM usage_interval ORDER BY ctid") == before
+        await connection.execute(TOUCH_EVERYTHING)
+    await folds.fold_some()
+    assert await fetch(pool, ALL_INTERVALS) == in_turn
+    assert len(in_turn) == 3
 
 
-async def test_late_messages_remake_the_history(store: Store, pool: db.Pool) -> None:
+async def test_a_fold_that_finds_nothing_new_writes_nothing(
+    store: Store, folds: FoldStore, pool: db.Pool
+) -> None:
+    await store.ingest([*EVENTS, COUNTED])
+    await folds.fold_some()
+    before = [await fetch(pool, f"SELECT ctid, * FROM {table} ORDER BY ctid") for table in MADE]
+    assert all(before)
+    async with db.connection(pool) as connection:
+        await connection.execute(TOUCH_EVERYTHING)
+    assert await folds.fold_some() == 13
+    after = [await fetch(pool, f"SELECT ctid, * FROM {table} ORDER BY ctid") for table in MADE]
+    assert after == before
+
+
+async def test_late_messages_remake_the_history(
+    store: Store, folds: FoldStore, pool: db.Pool
+) -> None:
     one = [item for item in EVENTS if item.normalised.resource == EVENTS[0].normalised.resource]
     late = [item for item in one if "resize" in item.notification.event_type]
     await store.ingest([item for item in one if item not in late])
-    await store.fold_some()
+    await folds.fold_some()
     await store.ingest(late)
-    await store.fold_some()
+    await folds.fold_some()
     in_time = await fetch(pool, HISTORY_OF_ONE)
     assert [row[2:] for row in in_time] == [
         ("m1.small", "active"),
@@ -218,3 +319,85 @@ def test_the_months_around_new_year_are_consecutive() -> None:
         "2027-01",
         "2027-02",
     ]
+
+
+# --- buckets of a calendar whose hours are not all there, or come twice
+
+# an hour comes twice, or an hour is missing, on the day named; in Havana it is the day's first
+CHANGES_OF_CLOCKS = [
+    ("Europe/Berlin", datetime(2026, 10, 25, 1, tzinfo=UTC)),
+    ("Europe/Berlin", datetime(2026, 3, 29, 1, tzinfo=UTC)),
+    ("America/Havana", datetime(2026, 11, 1, 5, tzinfo=UTC)),
+    ("America/Havana", datetime(2026, 3, 8, 5, tzinfo=UTC)),
+    ("Australia/Lord_Howe", datetime(2026, 4, 4, 15, tzinfo=UTC)),  # by half an hour
+    ("Asia/Kathmandu", datetime(2026, 4, 4, 15, tzinfo=UTC)),  # 5:45 ahead
+]
+
+
+async def held_and_moved(pool: db.Pool, around: datetime) -> None:
+    """A history with an edge, and an amount, every 17 minutes and some, three hours each way."""
+    edges = [around + n * timedelta(seconds=1031.000001) for n in range(-11, 12)]
+    async with db.connection(pool) as connection:
+        await connection.execute("TRUNCATE usage_interval, usage_amount")
+        await connection.executemany(
+            "INSERT INTO usage_interval (region, resource_type, resource_id, starts_at, ends_at,"
+            " project_id, state_class, attributes, opened_by, closed_by, provenance)"
+            " VALUES ('r1', 'instance', 'i', $1, $2, 'p1', 'running', '{}', '[]', '[]', 'events')",
+            list(pairwise(edges)),
+        )
+        await connection.executemany(
+            "INSERT INTO usage_amount (region, resource_type, resource_id, counter, label, at,"
+            " amount, project_id, evidence) VALUES ('r1', 'instance', 'i', 'bandwidth_in_bytes',"
+            " '', $1, $2, 'p1', '[]')",
+            [(moment, 2**n) for n, moment in enumerate(edges)],
+        )
+
+
+@pytest.mark.parametrize("bucket", ["hour", "day", "month"])
+async def test_buckets_of_any_calendar_add_up_and_none_holds_more_than_it_is_long(
+    pool: db.Pool, bucket: str
+) -> None:
+    reports = ReportStore(pool=pool, mapping=packaged())
+    for zone, change in CHANGES_OF_CLOCKS:
+        await held_and_moved(pool, change)
+        for minutes in range(-190, 191, 95):
+            middle = change + timedelta(minutes=minutes)
+            for start, end in ((change - 4 * HOUR, middle), (middle, change + 4 * HOUR)):
+                window = Window(start=start, end=end, as_of=change + 9 * HOUR)
+                (whole,), _ = await reports.usage(window, [], UsageFilter(), limit=10)
+                parts, _ = await reports.usage(
+                    window, [bucket], UsageFilter(), limit=1000, time_zone=zone
+                )
+                sums = Counter[str]()
+                for part in parts:
+                    sums.update(part.amounts)
+                    held = part.amounts.get("instance_hours", 0)
+                    assert held >= 0
+                    # the hour that comes twice is one bucket of two
+                    assert bucket != "hour" or held <= 7_200_000_000
+                assert sums == whole.amounts, (zone, start, end)
+
+
+async def test_what_is_held_and_what_moves_in_one_moment_are_in_one_bucket(pool: db.Pool) -> None:
+    reports = ReportStore(pool=pool, mapping=packaged())
+    for zone, change in CHANGES_OF_CLOCKS:
+        await held_and_moved(pool, change)
+        for n in range(-22, 22):
+            start = change + n * timedelta(minutes=5)
+            window = Window(start=start, end=start + timedelta(minutes=5), as_of=change + 9 * HOUR)
+            parts, _ = await reports.usage(
+                window, ["hour"], UsageFilter(), limit=1000, time_zone=zone
+            )
+            moved = [part for part in parts if "bandwidth_in_bytes" in part.amounts]
+            assert len(parts) == 1
+            assert len(moved) <= 1
+
+
+async def test_usage_of_a_type_that_has_no_measure_is_nothing(pool: db.Pool) -> None:
+    reports = ReportStore(pool=pool, mapping=packaged())
+    window = Window(start=DAY, end=DAY + HOUR, as_of=DAY + HOUR)
+    for groups in ([], ["project"], ["day"]):
+        rows, marker = await reports.usage(
+            window, groups, UsageFilter(resource_type="user"), limit=10
+        )
+        assert ([row.amounts for row in rows if row.amounts], marker) == ([], None)

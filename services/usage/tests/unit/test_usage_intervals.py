@@ -11,30 +11,25 @@ from hypothesis import strategies as st
 
 from hostler_usage.envelope import open_body
 from hostler_usage.intervals import Anomaly, History, Provenance, fold
+from hostler_usage.mapping_file import packaged
 from hostler_usage.measures import Window, totals
-from hostler_usage.normalise import normalise
-from hostler_usage.observation import (
-    INSTANCE,
-    VOLUME,
-    Evidence,
-    Kind,
-    Observation,
-    Rank,
-    ResourceType,
-    attributes,
-)
+from hostler_usage.observation import Kind, Observation, Rank, attributes
+from hostler_usage.statement import Evidence, ResourceType
 from hostler_usage.testing import (
+    INSTANCE,
     LARGE,
     LEGACY,
     MEDIUM,
     SMALL,
     VERSIONED,
+    VOLUME,
     Flavor,
     InstanceLife,
     Message,
     Step,
     VolumeLife,
     VolumeStep,
+    observed,
 )
 from hostler_usage.times import microseconds
 
@@ -48,14 +43,22 @@ UUID = "3a513875-95c9-4012-a3e7-f90c678854e5"
 def observations(messages: Iterable[Message]) -> list[Observation]:
     found: list[Observation] = []
     for message in messages:
-        found += normalise(open_body(message.body()), region="r1").observations
+        found += observed(open_body(message.body()))
     return found
+
+
+# what the lives of these tests tell of
+TOLD = {
+    INSTANCE: ("instance_hours", "vcpu_hours", "ram_mb_hours", "local_gb_hours"),
+    VOLUME: ("volume_hours", "volume_gb_hours"),
+}
 
 
 def billed(
     messages: Iterable[Message], kind: ResourceType = INSTANCE, window: Window = WINDOW
 ) -> dict[str, int]:
-    return totals(kind, fold(observations(messages)).intervals, window)
+    amounts = totals(packaged().measures_of(kind), fold(observations(messages)).intervals, window)
+    return {name: amounts[name] for name in TOLD[kind]}
 
 
 def spans(history: History, *names: str) -> list[tuple[object, ...]]:
@@ -237,8 +240,11 @@ def test_usage_is_additive_over_windows(life: InstanceLife, at: int) -> None:
     middle = min(max(DAY + timedelta(microseconds=at), WINDOW.start), WINDOW.end)
     first = Window(start=WINDOW.start, end=middle, as_of=WINDOW.as_of)
     second = Window(start=middle, end=WINDOW.end, as_of=WINDOW.as_of)
-    left, right = totals(INSTANCE, intervals, first), totals(INSTANCE, intervals, second)
-    whole = totals(INSTANCE, intervals, WINDOW)
+    left, right = (
+        totals(packaged().measures_of(INSTANCE), intervals, first),
+        totals(packaged().measures_of(INSTANCE), intervals, second),
+    )
+    whole = totals(packaged().measures_of(INSTANCE), intervals, WINDOW)
     assert {name: left[name] + right[name] for name in whole} == whole
 
 

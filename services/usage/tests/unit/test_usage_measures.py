@@ -6,8 +6,8 @@ from decimal import Decimal
 import pytest
 
 from hostler_usage.intervals import Interval, Provenance
-from hostler_usage.measures import MEASURES, Window, hours, totals
-from hostler_usage.observation import INSTANCE, VOLUME
+from hostler_usage.mapping_file import packaged
+from hostler_usage.measures import Window, hours, totals
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -39,30 +39,34 @@ def test_only_what_lies_in_the_window_counts(
     start: datetime, end: datetime | None, hours_inside: int
 ) -> None:
     window = Window(start=DAY, end=DAY + 10 * HOUR, as_of=DAY + 20 * HOUR)
-    amounts = totals(INSTANCE, [interval(start, end, vcpus=2)], window)
+    amounts = totals(packaged().measures_of("instance"), [interval(start, end, vcpus=2)], window)
     assert amounts["instance_hours"] == hours_inside * 3_600_000_000
     assert amounts["vcpu_hours"] == 2 * hours_inside * 3_600_000_000
 
 
 def test_time_that_has_not_come_counts_nothing() -> None:
     window = Window(start=DAY, end=DAY + 10 * HOUR, as_of=DAY + HOUR)
-    assert totals(INSTANCE, [interval(DAY, None)], window)["instance_hours"] == 3_600_000_000
+    assert (
+        totals(packaged().measures_of("instance"), [interval(DAY, None)], window)["instance_hours"]
+        == 3_600_000_000
+    )
 
 
 def test_a_microsecond_is_not_lost_in_a_century_of_terabytes() -> None:
     start, end = datetime(2000, 1, 1, tzinfo=UTC), datetime(2099, 12, 31, tzinfo=UTC)
     span = end - start
     window = Window(start=start, end=end - timedelta(microseconds=1), as_of=end)
-    amount = totals(INSTANCE, [interval(start, None, memory_mb=2**40)], window)["ram_mb_hours"]
+    amount = totals(
+        packaged().measures_of("instance"), [interval(start, None, memory_mb=2**40)], window
+    )["ram_mb_hours"]
     assert amount == 2**40 * ((span // timedelta(microseconds=1)) - 1)
 
 
 def test_what_is_not_known_counts_nothing() -> None:
     window = Window(start=DAY, end=DAY + HOUR, as_of=DAY + HOUR)
-    assert totals(VOLUME, [interval(DAY, None)], window) == {
-        "volume_hours": 3_600_000_000,
-        "volume_gb_hours": 0,
-    }
+    amounts = totals(packaged().measures_of("volume"), [interval(DAY, None)], window)
+    assert {name: n for name, n in amounts.items() if n} == {"volume_hours": 3_600_000_000}
+    assert amounts["volume_gb_hours"] == 0
 
 
 def test_hours_are_shown_to_the_millionth() -> None:
@@ -71,7 +75,8 @@ def test_hours_are_shown_to_the_millionth() -> None:
 
 
 def test_measures_have_distinct_names() -> None:
-    assert len({measure.name for measure in MEASURES}) == len(MEASURES)
+    measures = packaged().measures
+    assert len({measure.name for measure in measures}) == len(measures)
 
 
 def test_an_amount_of_any_size_has_hours() -> None:

@@ -1,37 +1,67 @@
-"""The fold gives way to a backlog, and the backlog to the fold once it has waited."""
+"""When the fold runs beside reading: at once when it is quiet, seldom in a backlog, always in the end."""
 
-from hostler_usage.pace import BACKLOG_SECONDS, PATIENCE_SECONDS, Pace
+from hostler_usage.pace import BACKLOG_SECONDS, PATIENCE_FOLDS, PATIENCE_SECONDS, Pace
 
 
 class Clock:
-    now = 100.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
 
 
-def test_without_a_backlog_the_fold_always_runs() -> None:
+def folded(pace: Pace, clock: Clock, seconds: float = 0.0) -> None:
+    with pace.fold():
+        clock.now += seconds
+
+
+def test_a_quiet_service_folds_at_once() -> None:
     pace = Pace(Clock())
-    pace.batch_read(499, 500)
-    assert [pace.may_fold() for _ in range(3)] == [True, True, True]
-
-
-def test_a_full_batch_puts_the_fold_off_until_it_has_waited() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    turns = []
-    for _ in range(12):
-        pace.batch_read(500, 500)
-        turns.append(pace.may_fold())
-        clock.now += PATIENCE_SECONDS / 5
-    assert turns == [True, *[False] * 4, True, *[False] * 4, True, False]
-
-
-def test_the_fold_runs_soon_after_the_last_full_batch() -> None:
-    clock = Clock()
-    pace = Pace(clock)
     assert pace.may_fold()
+    folded(pace, Clock())
+    pace.batch_read(20, 500)
+    assert pace.may_fold()
+
+
+def test_a_backlog_is_read_before_it_is_folded() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    folded(pace, clock)
     pace.batch_read(500, 500)
     assert not pace.may_fold()
-    clock.now += BACKLOG_SECONDS
+    clock.now = BACKLOG_SECONDS
+    assert pace.may_fold()
+
+
+def test_a_reader_too_slow_to_fill_its_batches_reads_a_backlog_all_the_same() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    folded(pace, clock)
+    pace.batch_read(60, 500)
+    assert not pace.may_fold()
+
+
+def test_a_backlog_without_end_is_folded_now_and_then() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    folded(pace, clock)
+    folds = 0
+    for _ in range(1000):
+        clock.now += 0.1
+        pace.batch_read(500, 500)
+        if pace.may_fold():
+            folds += 1
+            folded(pace, clock)
+    assert abs(folds - 100 / PATIENCE_SECONDS) <= 1
+
+
+def test_a_fold_that_takes_long_leaves_reading_the_larger_share() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    folded(pace, clock, seconds=3.0)
+    clock.now += PATIENCE_FOLDS * 3.0 - 0.1
+    pace.batch_read(500, 500)
+    assert not pace.may_fold()
+    clock.now += 0.2
+    pace.batch_read(500, 500)
     assert pace.may_fold()

@@ -1,0 +1,355 @@
+"""The pages over HTTP: what they say, to whom, and what their forms refuse. A browser looks at them elsewhere."""
+
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from hostler_common import auth, client
+from hostler_common.testing import RunningService, eventually
+from hostler_usage.testing import LARGE, LEGACY, SMALL, InstanceLife, Message, Step
+
+HOUR = timedelta(hours=1)
+NOW = datetime.now(UTC).replace(microsecond=0)
+RunUsage = Callable[..., AbstractAsyncContextManager[RunningService]]
+Publish = Callable[..., Awaitable[None]]
+Settled = Callable[[RunningService, int], Awaitable[dict[str, Any]]]
+ODD = "p2/<script>alert(1)</script>?#%"
+
+
+def life(number: int, project: str) -> InstanceLife:
+    return InstanceLife(
+        instance_id=f"00000000-0000-4000-8000-{number:012}",
+        project_id=project,
+        steps=(
+            Step(at=NOW - 6 * HOUR, action="create", flavor=SMALL),
+            Step(at=NOW - 4 * HOUR, action="resize", flavor=LARGE),
+            Step(at=NOW - 2 * HOUR, action="stop"),
+        ),
+    )
+
+
+ALICES, ODDS = life(1, "p1"), life(2, ODD)
+MESSAGES = [m for one in (ALICES, ODDS) for m in one.messages(audits_until=NOW)]
+STARTED = Message(
+    topic=LEGACY,
+    event_type="compute.instance.live_migration.pre.start",
+    publisher_id="compute.cmp-001",
+    timestamp=NOW - 3 * HOUR,
+    message_id="22222222-2222-4222-8222-222222222222",
+    payload={"tenant_id": ODD, "instance_id": ODDS.instance_id},
+)
+SECRET = "the context of whoever acted"
+ODD_EVENT = Message(
+    topic=LEGACY,
+    event_type="compute.instance.strange",
+    publisher_id="compute.cmp-001",
+    timestamp=NOW - HOUR,
+    message_id="33333333-3333-4333-8333-333333333333",
+    payload={"tenant_id": "p1", "instance_id": ALICES.instance_id, "context": SECRET},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """The service with its messages folded, as callers of different kinds see it."""
+
+    url: str
+    session: aiohttp.ClientSession
+    secrets: dict[str, str]
+    api: client.Api
+
+    async def get(
+        self, path: str, caller: str = "admin", **params: str
+    ) -> tuple[int, str, Mapping[str, str]]:
+        async with self.session.get(
+            self.url + path,
+            params=params,
+            headers={"Authorization": f"Bearer {self.secrets[caller]}"},
+            allow_redirects=False,
+        ) as answer:
+            return answer.status, await answer.text(), answer.headers
+
+    async def page(self, path: str, caller: str = "admin", **params: str) -> str:
+        status, text, headers = await self.get(path, caller, **params)
+        assert status == 200, text
+        assert headers["Content-Type"].startswith("text/html")
+        return text
+
+    async def post(self, path: str, **headers: str) -> tuple[int, str]:
+        async with self.session.post(
+            self.url + path, headers=headers, allow_redirects=False
+        ) as answer:
+            return answer.status, answer.headers.get("Location") or await answer.text()
+
+
+@pytest_asyncio.fixture
+async def site(
+    run_usage: RunUsage, publish: Publish, settled: Settled, tmp_path: Path
+) -> AsyncIterator[Site]:
+    issued = {
+        name: auth.new_token(name=name, role=role, projects=projects)
+        for name, role, projects in (
+            ("admin", auth.Role.ADMIN, "*"),
+            ("operator", auth.Role.OPERATOR, "*"),
+            ("reader", auth.Role.READER, "*"),
+            ("alice", auth.Role.READER, "p1"),
+        )
+    }
+    tokens = tmp_path / "tokens"
+    tokens.write_text("\n".join(line for _, line in issued.values()))
+    secrets = {name: token for name, (token, _) in issued.items()}
+    sent = [*MESSAGES, STARTED, ODD_EVENT]
+    async with (
+        run_usage(auth_mode="token", auth_tokens_file=tokens) as service,
+        client.open_api(service.url, token=secrets["admin"]) as api,
+        aiohttp.ClientSession() as session,
+    ):
+        await publish([message.body() for message in sent])
+        await publish([b"not \xff json", b'{"oslo.version": "3.0", "oslo.message": "<b>"}'])
+
+        async def holds() -> bool:
+            stored = (await api.get("/v1/events", limit=1000))["events"]
+            usage = await api.get("/v1/usage", start=_text(NOW - HOUR), end=_text(NOW))
+            kept = (await api.get("/v1/quarantine"))["entries"]
+            return len(stored) == len(sent) and len(kept) == 2 and not usage["unfolded_resources"]
+
+        await eventually(holds)
+        yield Site(url=service.url, session=session, secrets=secrets, api=api)
+
+
+def _text(moment: datetime) -> str:
+    return moment.isoformat()
+
+
+PAGES = ("/", "/projects", "/projects/p1", "/audits", "/operations", "/events")
+
+
+async def test_pages_say_what_the_api_says(site: Site) -> None:
+    text = await site.page("/")
+    assert "Ingest" in text
+    assert '>2</strong> <a href="/quarantine">in quarantine' in text
+    assert "Projects in the last 24 hours" in text
+
+    text = await site.page("/projects/p1", month=f"{NOW:%Y-%m}", measure="ram_mb_hours")
+    assert "RAM MB hours by day" in text
+    assert f'href="/resources/instance/{ALICES.instance_id}"' in text
+
+    text = await site.page(f"/resources/instance/{ALICES.instance_id}")
+    history = await site.api.get(f"/v1/resources/instance/{ALICES.instance_id}/intervals")
+    assert len(re.findall(r'<tr id="interval-\d+">', text)) == len(history["intervals"])
+    for interval in history["intervals"]:
+        for cited in (*interval["opened_by"], *interval["closed_by"]):
+            assert f'href="/events/{cited["event_id"]}"' in text
+    events = await site.api.get("/v1/events", resource_id=ALICES.instance_id, limit=1000)
+    assert (
+        len(re.findall(r'class="mark (?:event|audit|error)"', text)) == len(events["events"]) + 3
+    )  # the key's
+    for event in events["events"]:
+        assert text.count(f'href="/events/{event["id"]}"') >= 2  # mark and row
+
+    text = await site.page("/operations", group_by="action")
+    assert "live_migration.pre" in text
+    assert STARTED.message_id[:8] in text  # unfinished
+    text = await site.page("/operations", group_by="action", unfinished_minutes="600")
+    assert STARTED.message_id[:8] not in text
+
+    text = await site.page("/audits")
+    verdicts = await site.api.get("/v1/audits")
+    assert verdicts["audits"]
+    assert text.count("</td><td>agreed") + text.count(">agreed</td>") >= 1
+
+
+async def test_every_number_that_is_drawn_is_in_a_table_as_the_api_has_it(site: Site) -> None:
+    day = NOW.replace(hour=0, minute=0, second=0)
+    text = await site.page("/", measure="instance_hours")
+    usage = await site.api.get(
+        "/v1/usage", start=_text(day.replace(day=1)), end=_text(NOW + HOUR), group_by="project,day"
+    )
+    cells = [float(value) for value in re.findall(r'data-value="([^"]+)"', text)]
+    hours = sum(row["hours"].get("instance_hours", 0) for row in usage["usage"])
+    assert sum(cells) == pytest.approx(hours, abs=0.2)  # both still run
+    assert len(cells) == 2 * NOW.day  # two projects, every day of the month so far
+
+
+async def test_a_project_token_sees_its_project_alone(site: Site) -> None:
+    odd = quote(ODD, safe="")
+    for path in PAGES:
+        text = await site.page(path, "alice")
+        assert "p2" not in text, path
+        assert ODDS.instance_id not in text, path
+        assert "Ingest" not in text, path
+    assert ODDS.instance_id not in await site.page(f"/projects/{odd}", "alice")
+    assert ODDS.instance_id in await site.page(f"/projects/{odd}", "reader")
+    status, text, _ = await site.get(f"/resources/instance/{ODDS.instance_id}", "alice")
+    assert (status, json.loads(text)["code"]) == (404, "usage.resource.not_found")
+    for message in (STARTED, ODD_EVENT):
+        (event,) = (await site.api.get("/v1/events", message_id=message.message_id))["events"]
+        status, text, _ = await site.get(f"/events/{event['id']}", "alice")
+        if message is STARTED:
+            assert status == 404
+        else:
+            assert status == 200
+            assert SECRET not in text  # its own, and yet no bodies
+        assert (SECRET in await site.page(f"/events/{event['id']}", "reader")) == (
+            message is ODD_EVENT
+        )
+    for path in ("/quarantine", "/quarantine/1"):
+        assert (await site.get(path, "alice"))[0] == 403
+        assert (await site.get(path, "reader"))[0] == 403
+
+
+async def test_names_from_messages_are_text_on_every_page(site: Site) -> None:
+    quoted = quote(ODD, safe="/")
+    for path in (*PAGES, f"/projects/{quote(ODD, safe='')}"):
+        text = await site.page(path)
+        assert "<script>" not in text
+        assert set(re.findall(r"<script[^>]*>", text)) == set(
+            re.findall(r'<script src="/static/usage/[\w.]+\?v=\w{12}" defer>', text)
+        )
+    assert f'href="/projects/{quoted}"' in await site.page("/")
+    entry = (await site.api.get("/v1/quarantine"))["entries"][1]["id"]
+    text = await site.page(f"/quarantine/{entry}", "operator")
+    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
+
+
+BAD_QUESTIONS = {
+    "/?measure=nonsense": "usage.measure.unknown",
+    "/?month=2026-13": "request.invalid",
+    "/?month=9999-01": "request.invalid",
+    "/projects?marker=nonsense": "usage.marker.invalid",
+    "/audits?status=nonsense": "request.invalid",
+    "/audits?start=2026-05-09T00:00&end=2026-05-08T00:00": "usage.window.invalid",
+    "/audits?start=2020-05-09T00:00&end=2026-05-08T00:00": "usage.window.too_long",
+    "/audits?end=0001-01-01T00:00": "usage.moment.invalid",
+    "/operations?start=9999-12-31T00:00:00-12:00": "usage.moment.invalid",
+    "/operations?group_by=nonsense": "request.invalid",
+    "/events?event_type=%00": "request.invalid",
+    "/events/nonsense": "usage.event.not_found",
+    "/resources/instance/nonsense": "usage.resource.not_found",
+    "/quarantine/999999": "quarantine.not_found",
+    "/quarantine/0": "request.invalid",
+    "/static/usage/../settings.py": "http.404",
+    "/static/usage/nonsense.js": "usage.static.not_found",
+}
+
+
+async def test_bad_questions_have_clear_answers(site: Site) -> None:
+    for path, code in BAD_QUESTIONS.items():
+        status, text, _ = await site.get(path)
+        assert 400 <= status < 500, (path, text)
+        assert json.loads(text)["code"] == code, path
+
+
+async def test_fields_that_nobody_filled_in_ask_for_nothing(site: Site) -> None:
+    names = ("start", "end", "project_id", "region", "resource_type", "resource_id", "host")
+    empty = dict.fromkeys(names, "")
+    assert ALICES.instance_id in await site.page("/audits", **empty, status="", code="")
+    assert ALICES.instance_id in await site.page("/events", **empty, event_type="", marker="")
+    assert "create" in await site.page("/operations", **empty, flavor="")
+    assert "vCPU hours by day" in await site.page("/", month="", measure="")
+    # a time without a zone is UTC
+    day = f"{NOW + timedelta(days=1):%Y-%m-%dT%H:%M}"
+    assert "No stored message is like that" in await site.page("/events", start=day)
+
+
+async def test_a_page_leads_to_the_next_and_keeps_the_question(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hostler_usage.pages.ROWS_SHOWN", 3)
+    seen: list[str] = []
+    path = f"/events?project_id=p1&resource_id={ALICES.instance_id}"
+    while path:
+        text = await site.page(path)
+        seen += re.findall(r'class="when"><a href="/events/([^"]+)"', text)
+        found = re.search(r'<a href="\?([^"]+)" rel="next">', text)
+        path = "/events?" + found[1].replace("&amp;", "&") if found else ""
+        assert not path or "project_id=p1" in path
+    events = await site.api.get(
+        "/v1/events", project_id="p1", resource_id=ALICES.instance_id, limit=1000
+    )
+    assert seen == [event["id"] for event in events["events"]]
+
+
+async def test_only_own_pages_change_anything_however_the_caller_signed_in(site: Site) -> None:
+    first, second = (await site.api.get("/v1/quarantine"))["entries"]
+    host = site.url.partition("://")[2]
+    basic = aiohttp.encode_basic_auth("anybody", site.secrets["admin"])
+    bearer = f"Bearer {site.secrets['admin']}"
+    cookie = f"{auth.COOKIE}={site.secrets['admin']}"
+    discard, replay = f"/quarantine/{first['id']}/discard", f"/quarantine/{second['id']}/replay"
+    for way in ({"Authorization": basic}, {"Authorization": bearer}, {"Cookie": cookie}):
+        for about in (
+            {},
+            {"Origin": "null"},
+            {"Origin": "http://elsewhere.example"},
+            {"Sec-Fetch-Site": "cross-site"},
+            {"Sec-Fetch-Site": "same-site", "Origin": "http://elsewhere.example"},
+        ):
+            for path in (discard, replay):
+                status, text = await site.post(path, **way, **about)
+                assert status == 403, (way, about, text)
+    for caller, status in (("alice", 403), ("reader", 403), ("operator", 403)):
+        asked = {
+            "Authorization": f"Bearer {site.secrets[caller]}",
+            "Sec-Fetch-Site": "same-origin",
+        }
+        assert (await site.post(discard, **asked))[0] == status
+    assert len((await site.api.get("/v1/quarantine"))["entries"]) == 2
+
+    status, target = await site.post(discard, Cookie=cookie, Origin=f"http://{host}")
+    assert (status, target) == (303, "/quarantine?done=discarded")
+    assert (await site.post(discard, Cookie=cookie, Origin=f"http://{host}"))[0] == 404
+    operator = f"{auth.COOKIE}={site.secrets['operator']}"
+    status, target = await site.post(
+        replay, **{"Cookie": operator, "Sec-Fetch-Site": "same-origin"}
+    )
+    assert (status, target) == (303, "/quarantine?done=replayed")
+    assert "on its way to its queue" in await site.page(target, "operator")
+
+    async def came_back() -> bool:
+        kept = (await site.api.get("/v1/quarantine"))["entries"]
+        return bool(kept) and kept[0]["id"] > second["id"] and kept[0]["code"] == second["code"]
+
+    await eventually(came_back)
+
+
+async def test_static_files_are_the_packages_own_with_their_licence(site: Site) -> None:
+    text = await site.page("/")
+    addresses = re.findall(r'(?:src|href)="(/static/usage/[^"]+)"', text)
+    assert len(addresses) == 4
+    for address in addresses:
+        async with site.session.get(site.url + address) as answer:
+            assert answer.status == 200
+            assert "immutable" in answer.headers["Cache-Control"]
+            assert answer.headers["Content-Type"].partition(";")[0] in {
+                "text/css",
+                "text/javascript",
+            }
+    assert "https:" not in text  # nothing comes from elsewhere
+    async with site.session.get(site.url + "/static/usage/uPlot.LICENSE.txt") as answer:
+        assert "Leon Sorokin" in await answer.text()
+
+
+async def test_an_empty_service_says_what_to_do(run_usage: RunUsage) -> None:
+    async with run_usage() as service:
+        for path, words in {
+            "/": "driver = messagingv2",
+            "/projects": "Nothing was used",
+            "/projects/p1": "used nothing",
+            "/audits": "instance_usage_audit",
+            "/operations": "No operation began",
+            "/events": "none came yet",
+            "/quarantine": "Nothing is in quarantine",
+        }.items():
+            assert words in await service.api.get(path), path
