@@ -169,7 +169,6 @@ async def test_a_kill_between_commit_and_ack_loses_nothing_and_counts_nothing_tw
 ) -> None:
     await db.migrate(database_url, schema="usage", package="hostler_usage")
     faulty = environment(amqp_url, database_url, HOSTLER_USAGE_BATCH_SIZE="50")
-    deaths = 0
 
     async def die() -> None:
         process = await asyncio.create_subprocess_exec(
@@ -181,12 +180,9 @@ async def test_a_kill_between_commit_and_ack_loses_nothing_and_counts_nothing_tw
     await testing.eventually(lambda: bound(amqp_url))
     async with sender(amqp_url, 0):
         await first
-        deaths += 1
     after_first = await stored(database_url)
     assert 0 < after_first < len(BODIES)  # committed, and none of it acked
-    for _ in range(3):
-        await die()
-        deaths += 1
+    await die()
     assert await counted(database_url, "duplicate") > 0  # the window was hit: they came again
     async with run_service(
         app.serve, Settings, app.PACKAGE, fold_seconds=0.05, log_level="WARNING"
@@ -195,7 +191,6 @@ async def test_a_kill_between_commit_and_ack_loses_nothing_and_counts_nothing_tw
         assert await usage(service.api) == TRUTH
         assert await counted(database_url, "stored") == len(BODIES)
         assert (await service.api.get("/v1/quarantine"))["entries"] == []
-    assert deaths == 4
 
 
 async def bound(amqp_url: str) -> bool:

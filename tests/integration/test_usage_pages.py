@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import struct
 import tempfile
 import zlib
@@ -149,6 +150,7 @@ async def open_browser(directory: Path) -> AsyncIterator[Callable[..., Any]]:
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
         env={**os.environ, "HOME": str(directory)},
+        start_new_session=True,  # the program may be a script around it: they end together
     )
     try:
 
@@ -182,7 +184,7 @@ async def open_browser(directory: Path) -> AsyncIterator[Callable[..., Any]]:
             yield open_tab
     finally:
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
 
 

@@ -29,13 +29,13 @@ from hostler_usage.operation_store import OperationFilter, OperationStore, Profi
 from hostler_usage.page_frame import Filled, Marker, Name, in_utc, render, route_paths, spelled
 from hostler_usage.report_store import EventFilter, ReportStore, UsageFilter, UsageRow
 from hostler_usage.statement import ResourceKey, ResourceType
+from hostler_usage.times import PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
 
 PROJECTS_SUMMED: Final = 10_000
 TOP_SHOWN: Final = 20
 TOP_DRAWN: Final = 6
 ROWS_SHOWN: Final = 200
 EVENTS_SHOWN: Final = 500
-BODY_SHOWN_BYTES: Final = 64 * 1024
 _DAY: Final = timedelta(days=1)
 _REST: Final = "all others"
 _LIFE_SHOWN: Final = timedelta(days=31)
@@ -493,6 +493,8 @@ def _life_window(
     now: datetime,
 ) -> Window:
     """What was asked for; else the whole life, or the newest month of a long one."""
+    start = None if start is None else max(start, PLAUSIBLE_FROM)  # nothing was before, nor after
+    end = None if end is None else min(max(end, PLAUSIBLE_FROM), PLAUSIBLE_UNTIL)
     if end is None:
         lasts = not intervals or any(row["ends_at"] is None for row in intervals)
         last = now if lasts else max(row["ends_at"] for row in intervals)

@@ -251,6 +251,19 @@ async def test_bad_questions_have_clear_answers(site: Site) -> None:
         assert json.loads(text)["code"] == code, path
 
 
+async def test_a_timeline_may_be_asked_for_at_the_ends_of_the_calendar(site: Site) -> None:
+    path = f"/resources/instance/{ALICES.instance_id}"
+    for question in (
+        {"end": "0001-01-01T00:00:00Z"},
+        {"end": "9999-12-31T23:59:59.999999Z"},
+        {"start": "0001-01-01T00:00:00Z"},
+        {"start": "9999-12-31T23:59:59.999999Z"},
+        {"start": "0001-01-01T00:00:00Z", "end": "9999-12-31T23:59:59Z"},
+    ):
+        status, text, _ = await site.get(path, **question)
+        assert status in (200, 422), text
+
+
 async def test_fields_that_nobody_filled_in_ask_for_nothing(site: Site) -> None:
     names = ("start", "end", "project_id", "region", "resource_type", "resource_id", "host")
     empty = dict.fromkeys(names, "")

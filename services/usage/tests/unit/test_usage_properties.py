@@ -499,7 +499,7 @@ def skewed(draw: st.DrawFn) -> World:
 
 CHANCES = st.integers(0, 2**32).map(random.Random)
 FEW = settings(max_examples=30, deadline=None)
-MORE = settings(max_examples=1500, deadline=None)
+MORE = settings(max_examples=60, deadline=None)
 
 
 def allowed(world: World, per_edge: int) -> dict[str, Usage]:
