@@ -1,10 +1,12 @@
 """The composition root of usage, and nothing else."""
 
 import asyncio
+import gc
 import time
 import uuid
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,6 +36,7 @@ from hostler_usage.audit_check_store import AuditCheckStore
 from hostler_usage.audit_jobs import AuditJobs
 from hostler_usage.audit_report_store import AuditReportStore
 from hostler_usage.budget_jobs import BudgetJobs
+from hostler_usage.callbacks import open_callbacks
 from hostler_usage.consumer import NotificationConsumer
 from hostler_usage.costing import Costing
 from hostler_usage.explain_store import ExplainStore
@@ -41,6 +44,7 @@ from hostler_usage.export_store import ExportStore
 from hostler_usage.exports import Exports
 from hostler_usage.feed_store import FeedStore
 from hostler_usage.fold_store import FoldStore
+from hostler_usage.hub_deliver import FeedJobs
 from hostler_usage.hub_store import HubStore
 from hostler_usage.jobs import Jobs
 from hostler_usage.metrics import Metrics
@@ -181,6 +185,21 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
                 silent_after=settings.audit_silent_after,
             )
         )
+        callbacks = await process.resources.enter_async_context(
+            open_callbacks(settings.hub_callback_networks)
+        )
+        feed_jobs = FeedJobs(
+            feeds=feeds,
+            hub=hub,
+            publisher=publisher,
+            callbacks=callbacks,
+            count=lambda outcome: metrics.hub_outcomes.labels(outcome).inc(),
+        )
+        settle_feeds = partial(pace.when_quiet, feed_jobs.settle)
+        process.every(settings.feed_seconds, settle_feeds, name="feeds")
+        process.every(settings.feed_seconds, feed_jobs.verify, name="hub-requests")
+        process.every(settings.feed_seconds, feed_jobs.deliver, name="hub-deliveries")
+        process.every(60.0, feed_jobs.expire, name="hub-leases")
         process.every(settings.budget_seconds, BudgetJobs(costing=costing).notice, name="budgets")
         if settings.retention_months is not None:
             retention = RetentionJobs(
@@ -236,4 +255,9 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
                 registry=process.registry,
             )
         )
+        # a batch is thousands of objects that live for its time: without this, a third of ingest is looking through
+        # everything that was ever loaded for cycles that are not there
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         await process.run()

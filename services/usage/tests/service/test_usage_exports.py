@@ -420,7 +420,8 @@ async def test_memory_does_not_grow_with_the_rows(loaded: Loaded, database_url: 
         finally:
             tracemalloc.stop()
         assert many > 2.5 * some
-        assert of_many < 1.5 * of_some
+        # whoever gathers rows holds more than a byte for each byte of them
+        assert of_many - of_some < 0.3 * (many - some), (of_some, of_many, some, many)
 
 
 async def test_few_exports_are_written_at_once_and_one_given_up_makes_room(
