@@ -100,13 +100,19 @@ class AuditCheckStore:
             " = (r.resource_id, r.resource_type, r.region) AND v.origin = 'statement'"
             " AND v.period_start <= $3 AND v.period_end >= $4)"
         )
+        # who spoke while the period was to be checked again is not queued by the fold, and was silent before
+        silent = (
+            "EXISTS (SELECT FROM audit_verdict v WHERE (v.resource_id, v.resource_type, v.region)"
+            " = (r.resource_id, r.resource_type, r.region) AND v.origin = 'silence'"
+            " AND v.period_start < $4 AND v.period_end > $3)"
+        )
         counted = await connection.fetchval(
             "WITH due AS (SELECT region, resource_type, resource_id,"  # noqa: S608  constants of this module
-            f" {covers} AS is_covered FROM audit_resource r"
+            f" {covers} AS is_covered, {silent} AS is_silent FROM audit_resource r"
             " WHERE region = $1 AND resource_type = $2 AND born_at < $4"
             "  AND (ended_at IS NULL OR ended_at > $3)),"
             " queued AS (INSERT INTO audit_recheck AS q (region, resource_type, resource_id, since)"
-            " SELECT region, resource_type, resource_id, $3 FROM due WHERE NOT is_covered"
+            " SELECT region, resource_type, resource_id, $3 FROM due WHERE NOT is_covered OR is_silent"
             " ORDER BY resource_id ON CONFLICT (resource_id, resource_type, region)"
             " DO UPDATE SET since = least(q.since, excluded.since))"
             " SELECT count(*) FILTER (WHERE is_covered) FROM due",

@@ -325,6 +325,24 @@ async def test_checks_and_folds_at_once_end_as_one_after_the_other(pool: db.Pool
     assert await troubles(pool) == [("i04", "missing", "no_statement", 2, 1)]
 
 
+async def test_who_speaks_while_a_period_waits_to_be_checked_again_was_not_silent(
+    pool: db.Pool,
+) -> None:
+    jobs = AuditJobs(store=AuditCheckStore(pool=pool))
+    spoken, late = Instance("i00", host="h0"), Instance("i01", host="h0")
+    elsewhere = Instance("i02", host="h1")
+    spoken.audited(0)
+    await fold(pool, spoken, late, elsewhere)
+    await jobs.check_at(LONG_AFTER)
+    assert ("i01", "missing", "no_statement", 0, 1) in await troubles(pool)
+    elsewhere.audited(0)  # a host that is new to the period: it is to be checked again
+    await fold(pool, elsewhere)
+    late.audited(0)
+    await fold(pool, late)
+    await jobs.check_at(LONG_AFTER)
+    assert await troubles(pool) == []
+
+
 # --- the API
 
 
