@@ -125,7 +125,7 @@ class FoldStore:
             }
             held, moved = await self._replace(connection, ledgers, closed)
             if until is not None:
-                by_type = rollup_store.measures_by_type(self.mapping)
+                by_type = self.mapping.measures_by_type
                 changes.update(sums(_facts(held.added, moved.added), by_type, until))
                 changes.subtract(sums(_facts(held.removed, moved.removed), by_type, until))
         await rollup_store.add(connection, changes)

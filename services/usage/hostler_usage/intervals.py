@@ -24,6 +24,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import groupby
 
+from hostler_usage import citation
 from hostler_usage.observation import Kind, Observation, Rank
 from hostler_usage.statement import Evidence, Scalar
 
@@ -216,6 +217,4 @@ def _is_stale(item: Observation, spoken_at: datetime | None) -> bool:
 
 
 def _distinct(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
-    return tuple(
-        sorted(set(evidence), key=lambda item: (item.event_time, item.message_id, item.digest))
-    )
+    return tuple(sorted(set(evidence), key=citation.order))

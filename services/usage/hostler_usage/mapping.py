@@ -286,7 +286,15 @@ class Mapping:
 
     def measures_of(self, resource_type: str) -> tuple[Measure, ...]:
         """The measures of one resource type."""
-        return tuple(item for item in self.measures if item.resource_type == resource_type)
+        return self.measures_by_type.get(resource_type, ())
+
+    @cached_property
+    def measures_by_type(self) -> Table[str, tuple[Measure, ...]]:
+        """The measures of each resource type that has any."""
+        found: dict[str, tuple[Measure, ...]] = {}
+        for item in self.measures:
+            found[item.resource_type] = (*found.get(item.resource_type, ()), item)
+        return found
 
     @cached_property
     def attribute_names(self) -> frozenset[str]:

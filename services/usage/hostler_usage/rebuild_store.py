@@ -300,7 +300,7 @@ class RebuildStore:
 
     async def _sums_of(self, connection: db.Connection, day: date) -> Counter[Cell]:
         start, end = midnight(day), midnight(day + _DAY)
-        by_type = rollup_store.measures_by_type(self.mapping)
+        by_type = self.mapping.measures_by_type
         found: Counter[Cell] = Counter()
         async for row in connection.cursor(
             "SELECT region, resource_type, project_id, greatest(starts_at, $1), ends_at, attributes"

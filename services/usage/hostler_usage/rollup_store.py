@@ -4,13 +4,13 @@ A fold holds the days still while it runs (a shared advisory lock), the turn of 
 folds still (the same lock, exclusively): so every fact is in the sums of all ended days, once.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 
 from hostler_common import db
-from hostler_usage.mapping import Mapping, Measure
+from hostler_usage.mapping import Mapping
 from hostler_usage.rollup import Cell, HeldFact, MovedFact, midnight, sums
 from hostler_usage.times import PLAUSIBLE_FROM
 
@@ -61,7 +61,7 @@ class RollupStore:
             start,
             end,
         )
-        by_type = measures_by_type(self.mapping)
+        by_type = self.mapping.measures_by_type
         async for row in held:
             found.update(sums([HeldFact(*row)], by_type, until))
         moved = connection.cursor(
@@ -73,14 +73,6 @@ class RollupStore:
         async for row in moved:
             found.update(sums([MovedFact(*row)], by_type, until))
         await add(connection, found)
-
-
-def measures_by_type(mapping: Mapping) -> dict[str, list[Measure]]:
-    """The measures of each resource type."""
-    found: dict[str, list[Measure]] = defaultdict(list)
-    for measure in mapping.measures:
-        found[measure.resource_type].append(measure)
-    return found
 
 
 async def hold(connection: db.Connection) -> date | None:
