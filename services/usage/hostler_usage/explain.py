@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from hostler_usage.mapping import Measure
 from hostler_usage.times import EPOCH, MICROSECOND, microseconds
 
 Citation = Mapping[str, str]
@@ -80,14 +79,6 @@ class MovedPart:
 
 
 Part = HeldPart | MovedPart
-
-
-def quantity(measure: Measure, attributes: Mapping[str, Any]) -> int:
-    """How much of a held measure there was; what is not known counts nothing."""
-    if measure.attribute is None:
-        return 1
-    value = attributes.get(measure.attribute)
-    return value if isinstance(value, int) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from hostler_usage.audit_report_store import _seen
 from hostler_usage.explain import Citation, HeldPart, MovedPart, Part, Share
 from hostler_usage.mapping import Mapping as Metered
 from hostler_usage.mapping import Measure
-from hostler_usage.measures import Window
+from hostler_usage.measures import Window, quantity
 from hostler_usage.operation_store import marked_moment
 from hostler_usage.report_store import (
     _BUCKETS,
@@ -267,7 +267,7 @@ def _part(row: asyncpg.Record, measure: Measure) -> Part:
         end=row["ends_at"],
         counted_from=row["since"],
         counted_until=row["until"],
-        quantity=explain.quantity(measure, attributes),
+        quantity=quantity(measure, attributes),
         user_id=row["user_id"],
         attributes=attributes,
         opened_by=row["opened_by"],

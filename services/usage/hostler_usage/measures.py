@@ -5,7 +5,7 @@ integers are exact and additive over windows and groups; hours are a way of show
 the edge and never summed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Context, Decimal
@@ -58,7 +58,7 @@ def totals(
         span = window.overlap(interval)
         for name, measure in by_name.items():
             if measure.is_held:
-                found[name] += span * quantity(measure, interval)
+                found[name] += span * quantity(measure, interval.attributes)
     for amount in moved:
         for name, measure in by_name.items():
             if measure.counter == amount.counter and window.holds(amount.at):
@@ -66,11 +66,11 @@ def totals(
     return found
 
 
-def quantity(measure: Measure, interval: Interval) -> int:
-    """How much of a held `measure` there was during `interval`; what is not known counts nothing."""
+def quantity(measure: Measure, attributes: Mapping[str, object]) -> int:
+    """How much of a held `measure` these attributes are; what is not known counts nothing."""
     if measure.attribute is None:
         return 1
-    value = interval.attributes.get(measure.attribute)
+    value = attributes.get(measure.attribute)
     return value if isinstance(value, int) else 0
 
 

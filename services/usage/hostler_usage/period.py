@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from hostler_usage.calendar_span import Span, begin, following
 from hostler_usage.mapping import Measure
+from hostler_usage.measures import quantity
 from hostler_usage.times import microseconds
 
 MOST_EVIDENCE: Final = 100
@@ -265,7 +266,7 @@ def lines(
         if span <= 0:
             continue
         for measure in measures:
-            if measure.is_held and (amount := span * _quantity(measure, row)):
+            if measure.is_held and (amount := span * quantity(measure, row.attributes)):
                 found[key(row.project_id, row, measure)] += amount
     for item in facts.moved:
         if not start <= item.at < end:
@@ -274,13 +275,6 @@ def lines(
             if measure.counter == item.counter:
                 found[key(item.project_id, _holding(facts.held, item.at), measure)] += item.amount
     return found
-
-
-def _quantity(measure: Measure, row: HeldRow) -> int:
-    if measure.attribute is None:
-        return 1
-    value = row.attributes.get(measure.attribute)
-    return value if isinstance(value, int) else 0
 
 
 def _holding(rows: Iterable[HeldRow], moment: datetime) -> HeldRow | None:

@@ -12,6 +12,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import NamedTuple
 
 from hostler_usage.mapping import Measure
+from hostler_usage.measures import quantity
 from hostler_usage.times import microseconds
 
 _DAY = timedelta(days=1)
@@ -64,23 +65,16 @@ def sums(
                 if measure.counter == fact.counter and day < until:
                     found[_cell(day, fact, measure)] += fact.amount
             continue
-        held = [(item, _quantity(item, fact)) for item in measures if item.is_held]
+        held = [(item, quantity(item, fact.attributes)) for item in measures if item.is_held]
         for day, span in _days(fact, until):
-            for measure, quantity in held:
-                if quantity:
-                    found[_cell(day, fact, measure)] += quantity * span
+            for measure, held_units in held:
+                if held_units:
+                    found[_cell(day, fact, measure)] += held_units * span
     return found
 
 
 def _cell(day: date, fact: HeldFact | MovedFact, measure: Measure) -> Cell:
     return Cell(day, fact.region, fact.project_id or "", fact.resource_type, measure.name)
-
-
-def _quantity(measure: Measure, fact: HeldFact) -> int:
-    if measure.attribute is None:
-        return 1
-    value = fact.attributes.get(measure.attribute)
-    return value if isinstance(value, int) else 0
 
 
 def _days(fact: HeldFact, until: date) -> Iterator[tuple[date, int]]:

@@ -14,7 +14,7 @@ from hostler_usage import explain
 from hostler_usage.calendar_span import Span, begin
 from hostler_usage.intervals import Interval, Provenance
 from hostler_usage.mapping import Measure
-from hostler_usage.measures import Window, totals
+from hostler_usage.measures import Window, quantity, totals
 from hostler_usage.period import (
     MOST_EVIDENCE,
     Facts,
@@ -351,7 +351,7 @@ def test_the_parts_of_a_number_are_what_its_measure_counts(
                 end=row.end,
                 counted_from=since,
                 counted_until=until,
-                quantity=explain.quantity(measure, row.attributes),
+                quantity=quantity(measure, row.attributes),
                 project_id=row.project_id,
                 user_id=None,
                 state_class=row.state_class,
