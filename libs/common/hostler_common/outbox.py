@@ -71,14 +71,21 @@ class Relay:
         self._bus = bus
         self._turn = asyncio.Lock()
         self._set_aside_until: dict[int, float] = {}  # row id -> when to try it again
+        self._wake = asyncio.Event()
         self._waiting = Gauge(
             "hostler_outbox_messages", "Messages that wait to be published.", registry=registry
         )
 
     async def run(self) -> None:
         """Publish what is committed, in order of commit as far as one replica can tell, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen())
+            await self._run()
+
+    async def _run(self) -> None:
         failing, measured = False, float("-inf")
         while True:
+            self._wake.clear()
             try:
                 more = await self.publish_some()
                 if failing:
@@ -91,8 +98,36 @@ class Relay:
             if time.monotonic() - measured > MEASURE_SECONDS:
                 await self._measure()
                 measured = time.monotonic()
-            if not more:
-                await asyncio.sleep(POLL_SECONDS)
+            if failing:
+                await asyncio.sleep(POLL_SECONDS)  # not at each commit: they may be many
+            elif not more:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await self._wake.wait()
+
+    async def _listen(self) -> None:
+        """Wake `run` at each commit that adds rows, whenever there is a connection to hear of it on."""
+        while True:
+            with contextlib.suppress(db.DatabaseUnavailable):
+                async with db.connection(self._pool) as connection:
+                    await self._listen_on(connection)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _listen_on(self, connection: db.Connection) -> None:
+        lost = asyncio.Event()
+
+        def heard(*_: object) -> None:
+            self._wake.set()
+
+        connection.add_termination_listener(lambda _: lost.set())
+        channel = f"{await connection.fetchval('SELECT current_schema()')}.outbox"
+        await connection.add_listener(channel, heard)
+        self._wake.set()  # what was committed before is announced to nobody any more
+        try:
+            await lost.wait()
+        finally:
+            if not connection.is_closed():
+                await connection.remove_listener(channel, heard)
 
     async def _measure(self) -> None:
         """How many rows wait, broker or no broker; a database that is away is `publish_some`'s to say."""

@@ -19,10 +19,12 @@ from hostler_precache.jobs import FORGET_SECONDS, Pipeline
 from hostler_precache.metrics import Metrics
 from hostler_precache.plugins import Plugins, Surroundings
 from hostler_precache.policy_store import PolicyStore
+from hostler_precache.reports import Reports
 from hostler_precache.seed import Seed
 from hostler_precache.settings import Settings, read_secret
 from hostler_precache.store import Store
 from hostler_precache.swarm_store import SwarmStore
+from hostler_precache.tracker import Tracker
 
 PACKAGE = "hostler_precache"
 
@@ -54,6 +56,8 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         bus = process.open_bus(messages.topology(durable_fanout=settings.transient_quorum_queue))
         metrics = Metrics(process.registry)
         store, swarms, policies = Store(pool), SwarmStore(pool), PolicyStore(pool)
+        tracker = Tracker(swarms, member_seconds=settings.member_seconds)
+        reports = Reports(store, swarms)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         surroundings = Surroundings(
             session=session,
@@ -79,6 +83,8 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             metrics=metrics,
         )
         process.relay_outbox(pool, bus)
+        process.spawn(reports.run(), name="reports")
+        process.every(1.0, tracker.refresh, name="swarms")
         process.spawn(pipeline.fetch_forever(), name="fetch")
         process.every(1.0, pipeline.run_policies, name="policies")
         process.every(0.5, pipeline.count, name="count")
@@ -87,6 +93,8 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             "store": store,
             "swarms": swarms,
             "policies": policies,
+            "tracker": tracker,
+            "reports": reports,
             "settings": settings,
             "quarantine": quarantine.Quarantine(pool=pool),
         }

@@ -124,6 +124,8 @@ class HostRecord:
     host: str
     url: str
     free_bytes: int | None
+    link_bytes_per_second: int | None
+    labels: Mapping[str, str]
     images: int
     first_seen_at: datetime
     seen_at: datetime
@@ -154,12 +156,26 @@ class Wanted:
     image_id: str
     disk_format: str | None
     priority: int
+    is_paused: bool
     blob: BlobRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A host in the swarm of a blob."""
+    """A host in the swarm of a blob: it has it, or is told to get it."""
 
     host: str
     url: str
+    rack: str | None
+    is_moving: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmRecord:
+    """The swarm of a blob as the database knows it."""
+
+    seeds: Sequence[str]
+    is_halted: bool
+    host_bytes_per_second: int | None
+    total_bytes_per_second: int | None
+    members: Sequence[Member]

@@ -8,18 +8,27 @@ are totals, not steps, so a report lost or sent twice changes nothing.
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hostler_precache.images import IMAGE_ID_PATTERN
 
 REASON_CHARACTERS = 500  # a longer reason is cut by who reports it
 HOST_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"
 HostName = Annotated[str, Field(pattern=HOST_PATTERN)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", max_length=500)]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/\x00]+(/[^\s\x00]*)?$", max_length=500)]
+Reason = Annotated[
+    # NUL is legal in JSON and in no column
+    str, Field(max_length=REASON_CHARACTERS), AfterValidator(lambda text: text.replace("\0", ""))
+]
+COVERAGE_BUCKETS = 64
+Coverage = Annotated[str, Field(pattern=rf"^[0-9a-f]{{0,{COVERAGE_BUCKETS}}}$")]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=128)]
 UUID_PATTERN = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 BlobIdText = Annotated[str, Field(pattern=UUID_PATTERN)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
+LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,63}$")]
+Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=32)]
 
 
 class HostState(StrEnum):
@@ -43,6 +52,14 @@ class _Wire(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class Neighbour(_Wire):
+    """A host that has, or is getting, the same blob."""
+
+    host: HostName
+    url: Url
+    in_rack: bool = Field(True, description="whether it shares the asking host's rack")
+
+
 class DesiredImage(_Wire):
     """An image that a host should have, with all it needs to fetch it."""
 
@@ -53,7 +70,16 @@ class DesiredImage(_Wire):
     size_bytes: Count
     disk_format: str | None = None
     priority: int = 0
+    paused: bool = Field(
+        False, description="keep what is here and fetch nothing more until it is told otherwise"
+    )
+    limit_bytes_per_second: Count | None = Field(
+        None, description="how fast this host may fetch this blob; None: as fast as it can"
+    )
     seeds: list[Url]
+    neighbours: list[Neighbour] = Field(
+        default=[], description="known before the fanout: who else is told to get it"
+    )
     token: str
     swarm_key: Hex
 
@@ -72,14 +98,18 @@ class BlobReport(_Wire):
     distribution_id: BlobIdText
     blob_id: BlobIdText
     state: HostState
-    reason: Annotated[str, Field(max_length=REASON_CHARACTERS)] | None = None
+    reason: Reason | None = None
     pieces_done: Count = 0
     bytes_done: Count = 0
     bytes_from_seed: Count = 0
     bytes_from_peers: Count = 0
+    bytes_from_rack: Count = Field(0, description="those of the peers' that came from the rack")
     bytes_wasted: Count = Field(0, description="received, and of no use: wrong or had already")
     sent_bytes: dict[BlobIdText, Count] = Field(
         default={}, description="sent of this blob, by the distribution it was sent for"
+    )
+    coverage: Coverage = Field(
+        "", description="a digit a 64th of the image: how many sixteenths of it are verified"
     )
     banned: list[HostName] = Field(default=[], description="peers that sent bad pieces")
 
@@ -92,14 +122,9 @@ class HostReport(_Wire):
     url: Url = Field(description="where this host serves pieces")
     session_id: BlobIdText = Field(description="one run of the agent: its totals start at 0")
     free_bytes: Count | None = None
+    link_bytes_per_second: Count | None = Field(None, description="what its network card can do")
+    labels: Labels = Field(default={}, description="`rack` decides who is whose neighbour")
     blobs: Annotated[list[BlobReport], Field(max_length=1000)] = []
-
-
-class Neighbour(_Wire):
-    """A host that has, or is getting, the same blob."""
-
-    host: HostName
-    url: Url
 
 
 class Swarm(_Wire):
@@ -107,9 +132,11 @@ class Swarm(_Wire):
 
     seeds: list[Url]
     neighbours: list[Neighbour]
+    limit_bytes_per_second: Count | None = None
 
 
 class ReportReply(_Wire):
     """The swarms of the blobs that the host is still getting."""
 
     swarms: dict[str, Swarm]
+    look_again: bool = Field(False, description="what the host should have has changed: ask now")

@@ -3,16 +3,40 @@
 Reports are totals of one session, so storing one twice changes nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from uuid import UUID
 
 from hostler_common import db
 from hostler_precache import protocol
-from hostler_precache.distributions import DistributionId, HostRecord, Member, Wanted
+from hostler_precache.distributions import (
+    DistributionId,
+    HostRecord,
+    Member,
+    SwarmRecord,
+    Wanted,
+)
 from hostler_precache.manifest import BlobId
 from hostler_precache.store import blob_record
 
 _FINAL = [state.value for state in protocol.HostState if state.is_final]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Transfer:
+    """What one session sent for a distribution, and received if the blob is wanted for it."""
+
+    distribution_id: UUID
+    host: str
+    session_id: UUID
+    sent: int
+    blob: protocol.BlobReport | None
+
+
+def _sent(blob: protocol.BlobReport) -> dict[UUID, int]:
+    """Bytes sent of the blob by distribution, the host's own among them."""
+    own = {UUID(blob.distribution_id): 0}
+    return own | {UUID(key): count for key, count in blob.sent_bytes.items()}
 
 
 class SwarmStore:
@@ -37,6 +61,8 @@ class SwarmStore:
                 host=row["host"],
                 url=row["url"],
                 free_bytes=row["free_bytes"],
+                link_bytes_per_second=row["link_bytes_per_second"],
+                labels=row["labels"],
                 images=row["images"],
                 first_seen_at=row["first_seen_at"],
                 seen_at=row["seen_at"],
@@ -47,13 +73,21 @@ class SwarmStore:
     async def desired(self, host: str) -> list[Wanted]:
         """What the host should have, most urgent first, one row a blob.
 
-        A host that distributions to all hosts did not know yet is part of them from now on.
+        A host that distributions by labels did not know yet is part of them from now on.
         """
         async with db.transaction(self._pool) as connection:
             await connection.execute(
                 "WITH joined AS (INSERT INTO distribution_host (distribution_id, host)"
-                "     SELECT distribution_id, $1 FROM distribution"
-                "     WHERE hosts IS NULL AND state IN ('fetching', 'distributing', 'done')"
+                "     SELECT d.distribution_id, $1 FROM distribution d"
+                "     LEFT JOIN host ON host.host = $1"
+                "     WHERE d.hosts IS NULL AND d.state IN ('fetching', 'distributing', 'done')"
+                "       AND coalesce(host.labels, '{}') @> d.labels"
+                "       AND NOT EXISTS (SELECT 1 FROM distribution_host known"
+                "         WHERE known.distribution_id = d.distribution_id AND known.host = $1)"
+                "       AND (d.percent IS NULL OR (SELECT count(*) FROM distribution_host other"
+                "           WHERE other.distribution_id = d.distribution_id) <"
+                "         ceil(d.percent / 100.0 * (SELECT count(*) FROM host every"
+                "           WHERE every.labels @> d.labels)))"
                 "     ON CONFLICT DO NOTHING RETURNING distribution_id)"
                 " UPDATE distribution SET state = 'distributing', finished_at = NULL"
                 " WHERE state = 'done' AND distribution_id IN (SELECT distribution_id FROM joined)",
@@ -61,14 +95,17 @@ class SwarmStore:
             )
             rows = await connection.fetch(
                 "SELECT * FROM (SELECT DISTINCT ON (blob.blob_id) d.distribution_id, d.priority,"
-                "     d.created_at AS since, image.disk_format, blob.*,"
+                "     d.created_at AS since, d.deadline_at, d.paused_at, d.is_open,"
+                "     image.disk_format, blob.*,"
                 "     blob.image_id AS blob_image"
                 "   FROM distribution_host h JOIN distribution d USING (distribution_id)"
                 "   JOIN blob ON blob.blob_id = d.blob_id AND blob.state = 'ready'"
                 "   JOIN image ON image.image_id = d.image_id"
-                "   WHERE h.host = $1 AND d.state IN ('distributing', 'done')"
-                "   ORDER BY blob.blob_id, d.priority DESC, d.created_at) wanted"
-                " ORDER BY priority DESC, since",
+                "   WHERE h.host = $1 AND d.state IN ('distributing', 'done') AND h.wave <= d.wave"
+                # of several distributions of one blob, one that may go on lets it go on
+                "   ORDER BY blob.blob_id, (d.paused_at IS NULL AND d.is_open) DESC,"
+                "     d.priority DESC, d.deadline_at, d.created_at) wanted"
+                " ORDER BY priority DESC, deadline_at, since",
                 host,
             )
         return [
@@ -77,142 +114,228 @@ class SwarmStore:
                 image_id=row["image_id"],
                 disk_format=row["disk_format"],
                 priority=row["priority"],
+                is_paused=row["paused_at"] is not None or not row["is_open"],
                 blob=blob_record(row),
             )
             for row in rows
         ]
 
-    async def report(
-        self, connection: db.Connection, host: str, report: protocol.HostReport
-    ) -> list[DistributionId]:
-        """What the host says is stored; returns the distributions that this finished."""
-        session = UUID(report.session_id)
-        await connection.execute(
-            "INSERT INTO host (host, url, session_id, free_bytes) VALUES ($1, $2, $3, $4)"
-            " ON CONFLICT (host) DO UPDATE SET url = $2, session_id = $3, free_bytes = $4,"
-            "   seen_at = now()",
-            host, report.url, session, report.free_bytes,
-        )  # fmt: skip
-        # always in the same order: two hosts of one distribution must not lock each other out
-        finished: list[DistributionId] = []
-        for blob in sorted(report.blobs, key=lambda blob: blob.blob_id):
-            await self._report_blob(connection, host, session, report.url, blob)
-            finished += await self._finish(connection, UUID(blob.blob_id))
-        return finished
+    # --- reports
 
-    async def _report_blob(
-        self,
-        connection: db.Connection,
-        host: str,
-        session: UUID,
-        url: str,
-        blob: protocol.BlobReport,
+    async def report(
+        self, connection: db.Connection, reports: Mapping[str, protocol.HostReport]
+    ) -> list[DistributionId]:
+        """What these hosts say is stored; returns the distributions that this finished.
+
+        A handful of statements however many hosts there are, so that thousands may report every
+        few seconds; a row that says nothing new is not written.
+        """
+        # always in the same order: two replicas' batches must not lock each other out
+        hosts = sorted(reports)
+        await self._store_hosts(connection, [(host, reports[host]) for host in hosts])
+        told = [(host, blob) for host in hosts for blob in reports[host].blobs]
+        if not told:
+            return []
+        changed = await self._store_progress(connection, told)
+        await self._store_transfers(
+            connection,
+            [
+                _Transfer(
+                    distribution_id=distribution_id,
+                    host=host,
+                    session_id=UUID(reports[host].session_id),
+                    sent=sent,
+                    blob=blob if distribution_id == UUID(blob.distribution_id) else None,
+                )
+                for host, blob in told
+                for distribution_id, sent in _sent(blob).items()
+            ],
+        )
+        return await self._finish(connection, changed)
+
+    async def _store_hosts(
+        self, connection: db.Connection, reports: Sequence[tuple[str, protocol.HostReport]]
     ) -> None:
-        blob_id = UUID(blob.blob_id)
         await connection.execute(
-            "INSERT INTO member (blob_id, host, url, pieces_done, banned)"
-            " SELECT $1, $2, $3, $4, $5 WHERE EXISTS (SELECT 1 FROM blob WHERE blob_id = $1)"
-            " ON CONFLICT (blob_id, host) DO UPDATE SET url = $3, pieces_done = $4, banned = $5,"
-            "   seen_at = now()",
-            blob_id, host, url, blob.pieces_done, blob.banned,
-        )  # fmt: skip
-        # what a host fetched for us stays "cached", though after a restart it finds it "existing"
-        await connection.execute(
-            "UPDATE distribution_host h SET"
-            "   state = CASE WHEN h.state = 'cached' AND $3 = 'existing' THEN h.state ELSE $3 END,"
-            "   reason = $4, pieces_done = $5, bytes_done = $6, updated_at = now(),"
-            "   finished_at = CASE WHEN $3 = ANY ($7::text[]) THEN coalesce(h.finished_at, now())"
+            "INSERT INTO host (host, url, session_id, free_bytes, link_bytes_per_second, labels)"
+            " SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::bigint[], $5::bigint[],"
+            "   $6::jsonb[])"
+            " ON CONFLICT (host) DO UPDATE SET url = excluded.url, session_id = excluded.session_id,"
+            "   free_bytes = excluded.free_bytes, labels = excluded.labels,"
+            "   link_bytes_per_second = excluded.link_bytes_per_second, seen_at = now()",
+            [host for host, _ in reports],
+            [report.url for _, report in reports],
+            [UUID(report.session_id) for _, report in reports],
+            [report.free_bytes for _, report in reports],
+            [report.link_bytes_per_second for _, report in reports],
+            [report.labels for _, report in reports],
+        )
+
+    async def _store_progress(
+        self, connection: db.Connection, told: Sequence[tuple[str, protocol.BlobReport]]
+    ) -> set[UUID]:
+        """Returns the distributions of which a host has come to an end, or begun again."""
+        rows = await connection.fetch(
+            # what a host fetched for us stays "cached", though after a restart it is "existing"
+            "WITH told AS (SELECT DISTINCT ON (host, blob_id) host, blob_id, state, reason, pieces,"
+            "     bytes, coverage FROM unnest($1::text[], $2::uuid[], $3::text[], $4::text[],"
+            "     $5::bigint[], $6::bigint[], $7::text[])"
+            "     AS t (host, blob_id, state, reason, pieces, bytes, coverage)),"
+            "   known AS (SELECT h.distribution_id, h.state AS before, told.*,"
+            "     CASE WHEN h.state = 'cached' AND told.state = 'existing' THEN h.state"
+            "       ELSE told.state END AS after"
+            "   FROM told JOIN distribution d ON d.blob_id = told.blob_id"
+            "   JOIN distribution_host h ON h.distribution_id = d.distribution_id"
+            "     AND h.host = told.host"
+            "   WHERE (h.state, h.reason, h.pieces_done, h.bytes_done, h.coverage) IS DISTINCT FROM"
+            "     (CASE WHEN h.state = 'cached' AND told.state = 'existing' THEN h.state"
+            "       ELSE told.state END, told.reason, told.pieces::integer, told.bytes,"
+            "       told.coverage))"
+            " UPDATE distribution_host h SET state = after, reason = known.reason,"
+            "   pieces_done = pieces, bytes_done = bytes, coverage = known.coverage,"
+            "   updated_at = now(),"
+            "   started_at = coalesce(h.started_at, CASE WHEN after = 'transferring' THEN now() END),"
+            "   finished_at = CASE WHEN after = ANY ($8::text[]) THEN coalesce(h.finished_at, now())"
             "     END"
-            " FROM distribution d WHERE d.distribution_id = h.distribution_id"
-            "   AND d.blob_id = $1 AND h.host = $2",
-            blob_id, host, blob.state.value, blob.reason, blob.pieces_done, blob.bytes_done,
+            " FROM known WHERE h.distribution_id = known.distribution_id AND h.host = known.host"
+            " RETURNING h.distribution_id, before = ANY ($8::text[]) AS was_final,"
+            "   after = ANY ($8::text[]) AS is_final",
+            [host for host, _ in told],
+            [UUID(blob.blob_id) for _, blob in told],
+            [blob.state.value for _, blob in told],
+            [blob.reason for _, blob in told],
+            [blob.pieces_done for _, blob in told],
+            [blob.bytes_done for _, blob in told],
+            [blob.coverage for _, blob in told],
             _FINAL,
-        )  # fmt: skip
-        mine = UUID(blob.distribution_id)
-        moved = {mine: 0, **{UUID(key): count for key, count in blob.sent_bytes.items()}}
-        for distribution_id, sent in moved.items():
-            is_mine = distribution_id == mine
-            await self._count_transfer(
-                connection,
-                distribution_id,
-                host,
-                session,
-                is_seed=False,
-                sent=sent,
-                from_seed=blob.bytes_from_seed if is_mine else 0,
-                from_peers=blob.bytes_from_peers if is_mine else 0,
-                wasted=blob.bytes_wasted if is_mine else 0,
-            )
+        )
+        return {row["distribution_id"] for row in rows if row["was_final"] != row["is_final"]}
+
+    async def _store_transfers(
+        self, connection: db.Connection, transfers: Sequence["_Transfer"], *, is_seed: bool = False
+    ) -> None:
+        blobs = [one.blob for one in transfers]
+        await connection.execute(
+            "INSERT INTO transfer AS old (distribution_id, host, session_id, is_seed, sent_bytes,"
+            "   received_from_seed_bytes, received_from_peers_bytes, received_from_rack_bytes,"
+            "   wasted_bytes)"
+            " SELECT DISTINCT ON (1, 2, 3) t.distribution_id, t.host, t.session_id, $9, t.sent,"
+            "   t.seed, t.peers, t.rack, t.wasted"
+            " FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::bigint[], $5::bigint[],"
+            "   $6::bigint[], $7::bigint[], $8::bigint[])"
+            "   AS t (distribution_id, host, session_id, sent, seed, peers, rack, wasted)"
+            " JOIN distribution USING (distribution_id)"
+            " WHERE t.sent + t.seed + t.peers + t.wasted > 0"
+            " ORDER BY 1, 2, 3, t.sent DESC"
+            " ON CONFLICT (distribution_id, host, session_id) DO UPDATE SET"
+            # totals only grow: a report that was overtaken changes nothing
+            "   sent_bytes = greatest(old.sent_bytes, excluded.sent_bytes),"
+            "   received_from_seed_bytes = greatest(old.received_from_seed_bytes,"
+            "     excluded.received_from_seed_bytes),"
+            "   received_from_peers_bytes = greatest(old.received_from_peers_bytes,"
+            "     excluded.received_from_peers_bytes),"
+            "   received_from_rack_bytes = greatest(old.received_from_rack_bytes,"
+            "     excluded.received_from_rack_bytes),"
+            "   wasted_bytes = greatest(old.wasted_bytes, excluded.wasted_bytes)"
+            " WHERE excluded.sent_bytes > old.sent_bytes"
+            "   OR excluded.received_from_seed_bytes > old.received_from_seed_bytes"
+            "   OR excluded.received_from_peers_bytes > old.received_from_peers_bytes"
+            "   OR excluded.wasted_bytes > old.wasted_bytes",
+            [one.distribution_id for one in transfers],
+            [one.host for one in transfers],
+            [one.session_id for one in transfers],
+            [one.sent for one in transfers],
+            [blob.bytes_from_seed if blob else 0 for blob in blobs],
+            [blob.bytes_from_peers if blob else 0 for blob in blobs],
+            [blob.bytes_from_rack if blob else 0 for blob in blobs],
+            [blob.bytes_wasted if blob else 0 for blob in blobs],
+            is_seed,
+        )
+
+    async def _finish(
+        self, connection: db.Connection, changed: Collection[UUID]
+    ) -> list[DistributionId]:
+        """Of these distributions, some become done, or distribute again, as their hosts say."""
+        if not changed:
+            return []
+        rows = await connection.fetch(
+            "UPDATE distribution d SET"
+            "   state = CASE WHEN still.open THEN 'distributing' ELSE 'done' END,"
+            "   finished_at = CASE WHEN still.open THEN NULL ELSE now() END"
+            " FROM (SELECT x.distribution_id, EXISTS (SELECT 1 FROM distribution_host h"
+            "     WHERE h.distribution_id = x.distribution_id"
+            "       AND h.state IN ('waiting', 'transferring')) AS open"
+            "   FROM distribution x WHERE x.distribution_id = ANY ($1::uuid[])"
+            "     AND x.state IN ('distributing', 'done')"
+            "   ORDER BY x.distribution_id FOR UPDATE) still"
+            " WHERE d.distribution_id = still.distribution_id"
+            "   AND (d.state = 'distributing') <> still.open"
+            " RETURNING d.distribution_id, d.state",
+            list(changed),
+        )
+        return [DistributionId(row["distribution_id"]) for row in rows if row["state"] == "done"]
 
     async def seed_sent(self, seed: str, session: UUID, sent_bytes: Mapping[str, int]) -> None:
         """What this process of the seed has sent in all, by distribution, is stored."""
         async with db.transaction(self._pool) as connection:
-            for distribution_id, sent in sorted(sent_bytes.items()):
-                await self._count_transfer(
-                    connection, UUID(distribution_id), seed, session, is_seed=True, sent=sent
-                )
+            await self._store_transfers(
+                connection,
+                [
+                    _Transfer(
+                        distribution_id=UUID(distribution_id),
+                        host=seed,
+                        session_id=session,
+                        sent=sent,
+                        blob=None,
+                    )
+                    for distribution_id, sent in sorted(sent_bytes.items())
+                ],
+                is_seed=True,
+            )
 
-    async def _count_transfer(
-        self,
-        connection: db.Connection,
-        distribution_id: UUID,
-        host: str,
-        session: UUID,
-        *,
-        is_seed: bool,
-        sent: int,
-        from_seed: int = 0,
-        from_peers: int = 0,
-        wasted: int = 0,
-    ) -> None:
-        await connection.execute(
-            "INSERT INTO transfer AS old (distribution_id, host, session_id, is_seed, sent_bytes,"
-            "   received_from_seed_bytes, received_from_peers_bytes, wasted_bytes)"
-            " SELECT $1, $2, $3, $4, $5, $6, $7, $8"
-            " WHERE EXISTS (SELECT 1 FROM distribution WHERE distribution_id = $1)"
-            " ON CONFLICT (distribution_id, host, session_id) DO UPDATE SET"
-            # totals only grow: a report that was overtaken changes nothing
-            "   sent_bytes = greatest(old.sent_bytes, $5),"
-            "   received_from_seed_bytes = greatest(old.received_from_seed_bytes, $6),"
-            "   received_from_peers_bytes = greatest(old.received_from_peers_bytes, $7),"
-            "   wasted_bytes = greatest(old.wasted_bytes, $8)",
-            distribution_id, host, session, is_seed, sent, from_seed, from_peers, wasted,
-        )  # fmt: skip
+    # --- swarms
 
-    async def _finish(self, connection: db.Connection, blob_id: UUID) -> list[DistributionId]:
-        """Distributions of the blob become done, or distribute again, as their hosts say."""
-        rows = await connection.fetch(
-            "UPDATE distribution d SET"
-            "   state = CASE WHEN open.some THEN 'distributing' ELSE 'done' END,"
-            "   finished_at = CASE WHEN open.some THEN NULL ELSE now() END"
-            " FROM (SELECT x.distribution_id, bool_or(h.state IN ('waiting', 'transferring'))"
-            "     AS some FROM distribution x JOIN distribution_host h USING (distribution_id)"
-            "     WHERE x.blob_id = $1 GROUP BY x.distribution_id) open"
-            " WHERE d.distribution_id = open.distribution_id AND d.blob_id = $1"
-            "   AND ((d.state = 'distributing' AND NOT open.some)"
-            "     OR (d.state = 'done' AND open.some))"
-            " RETURNING d.distribution_id, d.state",
-            blob_id,
-        )
-        return [DistributionId(row["distribution_id"]) for row in rows if row["state"] == "done"]
-
-    async def members(self, blob_id: BlobId, *, within_seconds: float) -> list[Member]:
-        """The hosts in the swarm of a blob that were heard of lately."""
+    async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
+        """Who has the blob or is told to get it, of those heard of lately, and under which limits."""
         async with db.connection(self._pool) as connection:
+            rules = await connection.fetchrow(
+                # of several distributions of one blob, the most generous one decides
+                "SELECT coalesce(bool_and(d.paused_at IS NOT NULL OR NOT d.is_open), true)"
+                "     AS is_halted,"
+                "   (SELECT seed_url FROM blob WHERE blob_id = $1 AND state = 'ready') AS seed_url,"
+                "   CASE WHEN bool_and(d.host_bytes_per_second IS NOT NULL)"
+                "     THEN max(d.host_bytes_per_second) END AS host_bytes_per_second,"
+                "   CASE WHEN bool_and(d.total_bytes_per_second IS NOT NULL)"
+                "     THEN max(d.total_bytes_per_second) END AS total_bytes_per_second"
+                " FROM distribution d WHERE d.blob_id = $1 AND d.state IN ('distributing', 'done')",
+                UUID(blob_id),
+            )
             rows = await connection.fetch(
-                "SELECT host, url FROM member WHERE blob_id = $1"
-                "   AND seen_at > now() - make_interval(secs => $2)",
+                "SELECT host.host, host.url, host.labels->>'rack' AS rack,"
+                "   bool_or(h.state IN ('waiting', 'transferring')) AS is_moving"
+                " FROM distribution d JOIN distribution_host h USING (distribution_id)"
+                " JOIN host ON host.host = h.host"
+                " WHERE d.blob_id = $1 AND d.state IN ('distributing', 'done')"
+                "   AND h.wave <= d.wave"
+                "   AND h.state NOT IN ('error', 'unsupported', 'skipped')"
+                "   AND host.seen_at > now() - make_interval(secs => $2)"
+                " GROUP BY host.host",
                 UUID(blob_id),
                 within_seconds,
             )
-        return [Member(host=row["host"], url=row["url"]) for row in rows]
-
-    async def seeds(self, blob_ids: Sequence[str]) -> dict[str, list[str]]:
-        """The seeds' URLs of each complete blob."""
-        async with db.connection(self._pool) as connection:
-            rows = await connection.fetch(
-                "SELECT blob_id, seed_url FROM blob WHERE blob_id = ANY ($1::uuid[])"
-                "   AND state = 'ready'",
-                [UUID(blob_id) for blob_id in blob_ids],
-            )
-        return {str(row["blob_id"]): [row["seed_url"]] for row in rows}
+        assert rules is not None
+        return SwarmRecord(
+            seeds=[rules["seed_url"]] if rules["seed_url"] else [],
+            is_halted=rules["is_halted"],
+            host_bytes_per_second=rules["host_bytes_per_second"],
+            total_bytes_per_second=rules["total_bytes_per_second"],
+            members=[
+                Member(
+                    host=row["host"],
+                    url=row["url"],
+                    rack=row["rack"],
+                    is_moving=row["is_moving"],
+                )
+                for row in rows
+            ],
+        )

@@ -3,14 +3,16 @@
 The tracker is off the data path. A swarm goes on without it; it cannot grow.
 """
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from hostler_common.bus import Message
-from hostler_precache import messages, protocol, swarm, tokens
-from hostler_precache.distributions import BlobRecord, DistributionId, Member, Wanted
+from hostler_precache import graph, messages, protocol, tokens
+from hostler_precache.distributions import BlobRecord, DistributionId, SwarmRecord, Wanted
 from hostler_precache.envelope import CacheCall
 from hostler_precache.manifest import BlobId
+from hostler_precache.swarm_store import SwarmStore
 
 
 def grant(blob: BlobRecord, distribution_id: DistributionId, *, token_seconds: int) -> str:
@@ -25,7 +27,9 @@ def grant(blob: BlobRecord, distribution_id: DistributionId, *, token_seconds: i
     )
 
 
-def desired_image(wanted: Wanted, *, token_seconds: int) -> protocol.DesiredImage:
+def desired_image(
+    wanted: Wanted, swarm: protocol.Swarm, *, token_seconds: int
+) -> protocol.DesiredImage:
     """What a host is told of an image that it should have."""
     blob = wanted.blob
     assert blob.root is not None
@@ -38,7 +42,10 @@ def desired_image(wanted: Wanted, *, token_seconds: int) -> protocol.DesiredImag
         size_bytes=blob.size_bytes,
         disk_format=wanted.disk_format,
         priority=wanted.priority,
-        seeds=[blob.seed_url],
+        paused=wanted.is_paused,
+        limit_bytes_per_second=swarm.limit_bytes_per_second,
+        seeds=swarm.seeds,
+        neighbours=swarm.neighbours,
         token=grant(blob, wanted.distribution_id, token_seconds=token_seconds),
         swarm_key=blob.swarm_key.hex(),
     )
@@ -86,22 +93,110 @@ def announcements(
     ]
 
 
-def swarm_of(
-    host: str,
-    blob_id: BlobId,
-    members: Sequence[Member],
-    *,
-    seeds: Sequence[str],
-    banned: Sequence[str],
-) -> protocol.Swarm:
-    """Whom a host is to ask for a blob: its neighbours in the graph over all members."""
-    urls: Mapping[str, str] = {member.host: member.url for member in members}
-    chosen = swarm.neighbours(host, urls, key=blob_id)
-    return protocol.Swarm(
-        seeds=list(seeds),
-        neighbours=[
-            protocol.Neighbour(host=other, url=urls[other])
-            for other in chosen
+class _Swarm:
+    """One swarm in memory: the graph over its hosts, and under which limits it moves."""
+
+    def __init__(self, blob_id: BlobId) -> None:
+        self._graph = graph.Graph(blob_id)
+        self._urls: dict[str, str] = {}
+        self._moving = 0
+        self.record: SwarmRecord | None = None
+        self.lock = asyncio.Lock()
+        self.asked_at = 0.0
+
+    def take(self, record: SwarmRecord) -> None:
+        """The swarm is as the record says."""
+        urls = {member.host: member.url for member in record.members}
+        for host in self._urls.keys() - urls.keys():
+            self._graph.remove(host)
+        for member in record.members:
+            self._graph.add(member.host, member.rack)
+        self._urls = urls
+        self._moving = sum(member.is_moving for member in record.members)
+        self.record = record
+
+    def add(self, host: str, url: str, rack: str | None) -> None:
+        """A host has joined since the record was read."""
+        self._graph.add(host, rack)
+        self._urls[host] = url
+
+    def neighbours(self, host: str, *, banned: Collection[str]) -> list[protocol.Neighbour]:
+        """Whom a host is to ask; nobody, while it is not known itself."""
+        if host not in self._graph:
+            return []
+        rack = self._graph.rack(host)
+        return [
+            protocol.Neighbour(
+                host=other, url=self._urls[other], in_rack=self._graph.rack(other) == rack
+            )
+            for other in self._graph.neighbours(host)
             if other not in banned
-        ],
-    )
+        ]
+
+    def limit_bytes_per_second(self) -> int | None:
+        """What each host may fetch: its own limit, or its share of what all may."""
+        assert self.record is not None
+        own, total = self.record.host_bytes_per_second, self.record.total_bytes_per_second
+        share = None if total is None else max(1, total // max(1, self._moving))
+        return min((one for one in (own, share) if one is not None), default=None)
+
+
+class Tracker:
+    """The swarms that hosts ask about, in memory beside the database.
+
+    What is asked often is answered from here: a report costs no query of its own. `refresh` keeps
+    it current, so what another replica was told is known here a second later.
+    """
+
+    def __init__(self, swarms: SwarmStore, *, member_seconds: float) -> None:
+        self._store = swarms
+        self._member_seconds = member_seconds
+        self._swarms: dict[BlobId, _Swarm] = {}
+
+    async def swarm(
+        self, host: str, blob_id: BlobId, *, banned: Collection[str] = ()
+    ) -> protocol.Swarm:
+        """Whom a host is to ask for a blob, and how fast."""
+        known = await self._known(blob_id)
+        assert known.record is not None
+        return protocol.Swarm(
+            seeds=list(known.record.seeds),
+            neighbours=known.neighbours(host, banned=banned),
+            limit_bytes_per_second=known.limit_bytes_per_second(),
+        )
+
+    async def is_halted(self, blob_id: BlobId) -> bool:
+        """Whether no distribution lets anybody fetch the blob now."""
+        known = await self._known(blob_id)
+        assert known.record is not None
+        return known.record.is_halted
+
+    async def heard(self, host: str, report: protocol.HostReport, blob_id: BlobId) -> None:
+        """A host has told of a blob that it has or is getting: others may be sent to it at once."""
+        known = await self._known(blob_id)
+        known.add(host, report.url, report.labels.get("rack"))
+
+    def forget(self, blob_id: BlobId) -> None:
+        """Distributions of the blob have changed: it is read again when somebody asks."""
+        self._swarms.pop(blob_id, None)
+
+    async def refresh(self) -> None:
+        """Swarms that somebody has asked about lately are current; the others are forgotten."""
+        now = time.monotonic()
+        for blob_id, known in list(self._swarms.items()):
+            if now - known.asked_at > self._member_seconds:
+                del self._swarms[blob_id]
+            else:
+                known.take(await self._read(blob_id))
+
+    async def _known(self, blob_id: BlobId) -> _Swarm:
+        known = self._swarms.setdefault(blob_id, _Swarm(blob_id))
+        known.asked_at = time.monotonic()
+        if known.record is None:
+            async with known.lock:  # a thousand hosts ask at once, and one query answers them
+                if known.record is None:
+                    known.take(await self._read(blob_id))
+        return known
+
+    async def _read(self, blob_id: BlobId) -> SwarmRecord:
+        return await self._store.swarm(blob_id, within_seconds=self._member_seconds)

@@ -272,3 +272,49 @@ async def test_what_waits_is_counted_while_the_broker_is_away(pool: db.Pool, wir
         await eventually(three_wait)
         running.cancel()
         await wire.mend()
+
+
+async def test_a_commit_wakes_the_relay_at_once(
+    pool: db.Pool, amqp_url: str, inbox: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "POLL_SECONDS", 3600.0)  # so that nothing but the commit wakes it
+    async with open_bus(amqp_url) as opened:
+        running = asyncio.create_task(relay(pool, opened).run())
+        await eventually(lambda: _is_listened_to(pool))
+        for number in range(3):
+            await add(pool, event(number))
+            await eventually(lambda: _is_empty(pool))
+        running.cancel()
+    assert [int(got.body) for got in await inbox.take()] == [0, 1, 2]
+
+
+async def test_a_relay_whose_listening_connection_is_killed_listens_again(
+    pool: db.Pool, amqp_url: str, inbox: Any
+) -> None:
+    async with open_bus(amqp_url) as opened:
+        running = asyncio.create_task(relay(pool, opened).run())
+        await eventually(lambda: _is_listened_to(pool))
+        async with db.connection(pool) as connection:
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+            )
+        await add(pool, event(1))
+        await eventually(lambda: _is_empty(pool))
+        await eventually(lambda: _is_listened_to(pool))
+        running.cancel()
+    assert [int(got.body) for got in await inbox.take()] == [1]
+
+
+async def _is_listened_to(pool: db.Pool) -> bool:
+    async with db.connection(pool) as connection:
+        return bool(
+            await connection.fetchval(
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+            )
+        )
+
+
+async def _is_empty(pool: db.Pool) -> bool:
+    return await rows(pool) == 0

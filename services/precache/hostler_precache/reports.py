@@ -1,0 +1,85 @@
+"""What agents report, stored in groups: thousands of hosts tell how far they are every few seconds.
+
+A report is answered once it is committed. Those that come while a transaction is on its way are
+stored together by the next, so the database sees a few statements a batch however many hosts
+there are; a host that is alone waits for nobody.
+"""
+
+import asyncio
+from typing import Final
+
+from hostler_common import db, errors
+from hostler_common.bus import Message
+from hostler_precache import messages, protocol
+from hostler_precache.distributions import DistributionId
+from hostler_precache.store import Store
+from hostler_precache.swarm_store import SwarmStore
+
+MAX_BATCH: Final = 500
+
+
+class Reports:
+    """The writer of one replica; `run` it."""
+
+    def __init__(self, store: Store, swarms: SwarmStore) -> None:
+        self._store = store
+        self._swarms = swarms
+        self._waiting: list[tuple[str, protocol.HostReport, asyncio.Future[None]]] = []
+        self._wake = asyncio.Event()
+
+    async def put(self, host: str, report: protocol.HostReport) -> None:
+        """Return when what the host says is committed.
+
+        Raises:
+            DatabaseUnavailable: it is not; the next report says it again.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((host, report, done))
+        self._wake.set()
+        await done
+
+    async def run(self) -> None:
+        """Store what waits, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                await self._answer(batch)
+
+    async def _answer(
+        self, batch: list[tuple[str, protocol.HostReport, asyncio.Future[None]]]
+    ) -> None:
+        try:
+            # of two reports of one host the later one is meant
+            await self._store_some({host: report for host, report, _ in batch})
+        except errors.HostlerError as exc:
+            if len(batch) > 1 and not isinstance(exc, errors.Unavailable):
+                for one in batch:  # one of them cannot be stored: the others can
+                    await self._answer([one])
+                return
+            for _, _, done in batch:
+                if not done.done():
+                    done.set_exception(exc)
+            return
+        for _, _, done in batch:
+            if not done.done():  # who asked may have gone away
+                done.set_result(None)
+
+    async def _store_some(self, reports: dict[str, protocol.HostReport]) -> None:
+        async with db.transaction(self._store.pool) as connection:
+            finished = await self._swarms.report(connection, reports)
+            await self._store.announce(
+                connection, [await self._finished(connection, one) for one in finished]
+            )
+
+    async def _finished(
+        self, connection: db.Connection, distribution_id: DistributionId
+    ) -> Message:
+        image_id, states = await self._store.host_states(connection, distribution_id)
+        return messages.DISTRIBUTION_FINISHED.message(
+            messages.DistributionFinished(
+                distribution_id=str(distribution_id), image_id=image_id, hosts=states
+            ),
+            app_id=messages.APP_ID,
+        )
