@@ -17,6 +17,7 @@ router = APIRouter(prefix="/v1")
 
 @router.get("/desired", dependencies=[auth.require(Role.AGENT)])
 async def desired(
+    store: StoreDep,
     swarms: SwarmsDep,
     tracker: TrackerDep,
     settings: SettingsDep,
@@ -31,7 +32,8 @@ async def desired(
                 token_seconds=settings.token_seconds,
             )
             for wanted in await swarms.desired(host)
-        ]
+        ],
+        deleted_image_ids=await store.deleted_images(host),
     )
 
 
@@ -50,7 +52,7 @@ async def report(
         if not blob.state.is_final:
             await tracker.heard(host, body, blob_id)
             asked[blob_id] = await tracker.swarm(host, blob_id, banned=blob.banned)
-            look_again |= await tracker.is_halted(blob_id)
+            look_again |= await tracker.is_halted(host, blob_id)
     return protocol.ReportReply(swarms=asked, look_again=look_again)
 
 

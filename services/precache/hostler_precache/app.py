@@ -13,13 +13,22 @@ from prometheus_client import CollectorRegistry
 
 from hostler_common import http, quarantine, runtime, service
 from hostler_common.health import Health
-from hostler_precache import agent_api, api, messages, pages
+from hostler_precache import (
+    agent_api,
+    api,
+    distributions_api,
+    messages,
+    pages,
+    policies_api,
+)
 from hostler_precache.blobs import BlobServer
+from hostler_precache.distribution_store import DistributionStore
 from hostler_precache.jobs import FORGET_SECONDS, Pipeline
 from hostler_precache.metrics import Metrics
 from hostler_precache.plugins import Plugins, Surroundings
 from hostler_precache.policy_store import PolicyStore
 from hostler_precache.reports import Reports
+from hostler_precache.rollout_jobs import Rollouts
 from hostler_precache.seed import Seed
 from hostler_precache.settings import Settings, read_secret
 from hostler_precache.store import Store
@@ -41,7 +50,14 @@ def http_app(
         settings,
         title="hostler precache",
         package=PACKAGE,
-        routers=[api.router, agent_api.router, quarantine.router, pages.router],
+        routers=[
+            api.router,
+            distributions_api.router,
+            policies_api.router,
+            agent_api.router,
+            quarantine.router,
+            pages.router,
+        ],
         state=state or {},
         health=health,
         registry=registry,
@@ -55,9 +71,10 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         pool = await process.open_pool(package=PACKAGE)
         bus = process.open_bus(messages.topology(durable_fanout=settings.transient_quorum_queue))
         metrics = Metrics(process.registry)
-        store, swarms, policies = Store(pool), SwarmStore(pool), PolicyStore(pool)
+        store, distributions = Store(pool), DistributionStore(pool)
+        swarms, policies = SwarmStore(pool), PolicyStore(pool)
         tracker = Tracker(swarms, member_seconds=settings.member_seconds)
-        reports = Reports(store, swarms)
+        reports = Reports(store, distributions, swarms)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         surroundings = Surroundings(
             session=session,
@@ -76,7 +93,9 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         pipeline = Pipeline(
             settings=settings,
             store=store,
+            distributions=distributions,
             swarms=swarms,
+            tracking=tracker,
             policies=policies,
             seed=seed,
             plugins=Plugins(surroundings),
@@ -86,11 +105,17 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         process.spawn(reports.run(), name="reports")
         process.every(1.0, tracker.refresh, name="swarms")
         process.spawn(pipeline.fetch_forever(), name="fetch")
+        rollouts = Rollouts(
+            settings=settings, store=store, distributions=distributions, swarms=tracker
+        )
+        process.every(1.0, rollouts.advance, name="rollouts")
         process.every(1.0, pipeline.run_policies, name="policies")
+        process.every(60.0, pipeline.retire, name="retire")
         process.every(0.5, pipeline.count, name="count")
         process.every(FORGET_SECONDS, pipeline.forget_old_keys, name="forget_old_keys")
         state = {
             "store": store,
+            "distributions": distributions,
             "swarms": swarms,
             "policies": policies,
             "tracker": tracker,

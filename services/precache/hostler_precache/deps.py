@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import Query
 
 from hostler_common import http
+from hostler_precache.distribution_store import DistributionStore
 from hostler_precache.policy_store import PolicyStore
 from hostler_precache.reports import Reports
 from hostler_precache.settings import Settings
@@ -13,6 +14,7 @@ from hostler_precache.swarm_store import SwarmStore
 from hostler_precache.tracker import Tracker
 
 StoreDep = Annotated[Store, http.state("store")]
+DistributionsDep = Annotated[DistributionStore, http.state("distributions")]
 SwarmsDep = Annotated[SwarmStore, http.state("swarms")]
 PoliciesDep = Annotated[PolicyStore, http.state("policies")]
 TrackerDep = Annotated[Tracker, http.state("tracker")]

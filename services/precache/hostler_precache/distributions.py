@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 from hostler_precache.images import Image, Verification
 from hostler_precache.manifest import BlobId
+from hostler_precache.rollout import Rollout
 
 DistributionId = NewType("DistributionId", UUID)
 PolicyId = NewType("PolicyId", UUID)
@@ -28,9 +29,19 @@ class DistributionState(StrEnum):
 
     FETCHING = "fetching"
     DISTRIBUTING = "distributing"
+    PAUSED = "paused"
     DONE = "done"
     ERROR = "error"
     CANCELLED = "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens by itself."""
+        return self in (
+            DistributionState.DONE,
+            DistributionState.ERROR,
+            DistributionState.CANCELLED,
+        )
 
 
 class BlobState(StrEnum):
@@ -89,7 +100,12 @@ class HostProgress:
     sent_bytes: int
     received_from_seed_bytes: int
     received_from_peers_bytes: int
+    received_from_rack_bytes: int
     wasted_bytes: int
+    coverage: str
+    wave: int
+    link_bytes_per_second: int | None
+    started_at: datetime | None
     updated_at: datetime
     finished_at: datetime | None
 
@@ -103,6 +119,13 @@ class Distribution:
     blob_id: str | None
     policy_id: PolicyId | None
     hosts: Sequence[str] | None
+    labels: Mapping[str, str]
+    percent: int | None
+    rollout: Rollout
+    wave: int
+    is_open: bool
+    paused_reason: str | None
+    deadline_met: bool | None
     priority: int
     state: DistributionState
     reason: str | None
@@ -115,6 +138,43 @@ class Distribution:
     created_at: datetime
     announced_at: datetime | None
     finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveDistribution:
+    """A distribution on its way, with what the periodic work decides from."""
+
+    distribution_id: DistributionId
+    blob: BlobRecord | None
+    rollout: Rollout
+    wave: int
+    is_paused: bool
+    is_open: bool
+    deadline_met: bool | None
+    canary_states: Mapping[str, int]
+    host_states: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostEnded:
+    """A host that has come to an end with a distribution, the `index`th of `total`."""
+
+    distribution_id: DistributionId
+    image_id: str
+    host: str
+    state: str
+    index: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A host that a distribution would choose; not known where no agent has spoken for it."""
+
+    host: str
+    is_known: bool
+    free_bytes: int | None
+    link_bytes_per_second: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +201,7 @@ class Policy:
     options: Mapping[str, object]
     hosts: Sequence[str] | None
     priority: int
+    labels: Mapping[str, str]
     every_seconds: int
     next_run_at: datetime
     last_run_at: datetime | None
@@ -168,6 +229,16 @@ class Member:
     url: str
     rack: str | None
     is_moving: bool
+    distribution_ids: Sequence[DistributionId]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmRule:
+    """What a distribution lets its hosts do with a blob."""
+
+    is_halted: bool
+    host_bytes_per_second: int | None
+    total_bytes_per_second: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +246,5 @@ class SwarmRecord:
     """The swarm of a blob as the database knows it."""
 
     seeds: Sequence[str]
-    is_halted: bool
-    host_bytes_per_second: int | None
-    total_bytes_per_second: int | None
+    rules: Mapping[DistributionId, SwarmRule]
     members: Sequence[Member]

@@ -12,18 +12,22 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from hostler_common import db, errors, idempotency, logs
-from hostler_precache import distributions, messages, pieces, tokens, tracker
+from hostler_precache import messages, pieces, tokens, tracker
+from hostler_precache.distribution_store import DistributionStore
 from hostler_precache.distributions import (
     BlobRecord,
     BlobState,
+    DistributionState,
     FetchTask,
     Policy,
     new_distribution_id,
 )
 from hostler_precache.fetch import Fetched, FetchProgress, fetch
+from hostler_precache.images import Image
 from hostler_precache.metrics import Metrics
 from hostler_precache.plugins import Plugins, SourceError, UnknownPluginError
 from hostler_precache.policy_store import PolicyStore
+from hostler_precache.rollout import Rollout, Targets
 from hostler_precache.seed import Seed
 from hostler_precache.settings import Settings
 from hostler_precache.store import ImageDiffers, Store
@@ -47,7 +51,9 @@ class Pipeline:
         *,
         settings: Settings,
         store: Store,
+        distributions: DistributionStore,
         swarms: SwarmStore,
+        tracking: tracker.Tracker,
         policies: PolicyStore,
         seed: Seed,
         plugins: Plugins,
@@ -55,7 +61,9 @@ class Pipeline:
     ) -> None:
         self._settings = settings
         self._store = store
+        self._distributions = distributions
         self._swarms = swarms
+        self._tracker = tracking
         self._policies = policies
         self._seed = seed
         self._plugins = plugins
@@ -89,13 +97,20 @@ class Pipeline:
         sent = self._seed.sent_bytes()
         if sent:
             await self._swarms.seed_sent(self._seed.name, self._seed.session_id, sent)
-        states = await self._store.count_states()
-        for state in distributions.DistributionState:
+        states = await self._distributions.count_states()
+        for state in DistributionState:
             self._metrics.distributions.labels(state.value).set(states.get(state.value, 0))
 
     async def forget_old_keys(self) -> None:
         """Idempotency keys that nobody will repeat any more are gone."""
         await idempotency.forget_old(self._store.pool)
+
+    async def retire(self) -> None:
+        """Blobs that nobody has wanted for long, or whose image is deleted, are off this disk."""
+        idle_seconds = self._settings.seed_keep_seconds
+        for blob_id in await self._store.retire_blobs(self._seed.name, idle_seconds=idle_seconds):
+            self._seed.withdraw(blob_id)
+            log.info("blob_retired", blob_id=blob_id)
 
     # --- list
 
@@ -107,26 +122,49 @@ class Pipeline:
         except Exception as exc:  # a lister is a plugin: it may raise whatever it likes
             log.exception("lister_failed", policy=policy.name)
             return "failed", f"lister.failed: {type(exc).__name__}"
+        async with db.transaction(self._store.pool) as connection:
+            known, moved = await self._distributions.policy_ran(
+                connection, policy, {image.image_id for image in listed}
+            )
+        for blob_id in moved:
+            self._tracker.forget(blob_id)
         new, refused = 0, []
         for image in listed:
             try:
                 async with db.transaction(self._store.pool) as connection:
                     await self._store.add_image(connection, image)
-                    known = await self._policies.distributed_images(connection, policy.policy_id)
                     if image.image_id not in known:
-                        await self._store.add_distribution(
-                            connection,
-                            distribution_id=new_distribution_id(),
-                            image_id=image.image_id,
-                            hosts=policy.hosts,
-                            priority=policy.priority,
-                            policy_id=policy.policy_id,
-                        )
+                        await self._distribute(connection, image, policy)
                         new += 1
             except (ImageDiffers, db.Unstorable) as exc:
                 refused.append(f"{image.image_id}: {exc.detail}")
-        detail = "; ".join([f"{len(listed)} images, {new} new", *refused])
+        detail = "; ".join(
+            [f"{len(listed)} images, {new} new, {len(moved)} moved or withdrawn", *refused]
+        )
         return ("partial" if refused else "ok"), detail
+
+    async def _distribute(self, connection: db.Connection, image: Image, policy: Policy) -> None:
+        distribution_id = new_distribution_id()
+        state = await self._distributions.add_distribution(
+            connection,
+            distribution_id=distribution_id,
+            image_id=image.image_id,
+            targets=Targets(hosts=policy.hosts, labels=policy.labels),
+            rollout=Rollout(),
+            priority=policy.priority,
+            policy_id=policy.policy_id,
+        )
+        if state is DistributionState.DISTRIBUTING:  # its bytes are here already
+            blob = await self._store.ready_blob(connection, image.image_id)
+            await self._store.announce(
+                connection,
+                tracker.announcements(
+                    blob,
+                    [distribution_id],
+                    public_url=self._settings.public_url,
+                    token_seconds=self._settings.token_seconds,
+                ),
+            )
 
     # --- fetch
 

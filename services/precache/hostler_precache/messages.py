@@ -88,6 +88,58 @@ class DistributionFinished(_Event):
     hosts: dict[str, int] = Field(description="how many hosts ended in which state")
 
 
+class DistributionPaused(_Event):
+    """A distribution was stopped by its own canaries: somebody should look."""
+
+    distribution_id: str
+    reason: str
+
+
+class DistributionLate(_Event):
+    """A deadline has passed and too few hosts have the image."""
+
+    distribution_id: str
+    deadline_at: datetime
+    deadline_percent: int
+    hosts: dict[str, int] = Field(description="how many hosts are in which state")
+
+
+class AggregateCacheData(_Event):
+    """The data of Nova's AggregateCachePayload 1.0."""
+
+    id: int = Field(0, description="of an aggregate; a distribution has none")
+    uuid: str = Field(description="the distribution")
+    name: str = Field(description="the image")
+    host: str
+    images_cached: list[str]
+    images_failed: list[str]
+    index: int = Field(description="hosts that have ended, this one among them")
+    total: int
+
+
+class AggregateCachePayload(_Event):
+    """Nova's AggregateCachePayload 1.0."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    name: str = Field("AggregateCachePayload", alias="nova_object.name")
+    namespace: str = Field("nova", alias="nova_object.namespace")
+    version: str = Field("1.0", alias="nova_object.version")
+    data: AggregateCacheData = Field(alias="nova_object.data")
+
+
+class AggregateCacheProgress(_Event):
+    """A host has ended, in the shape of Nova's versioned notification of that name.
+
+    Source: nova, doc/notification_samples/aggregate-cache_images-progress.json.
+    """
+
+    priority: str = "INFO"
+    event_type: str = "aggregate.cache_images.progress"
+    publisher_id: str = "precache"
+    payload: AggregateCachePayload
+
+
 IMAGE_FETCHED = EventType(
     routing_key="precache.image.fetched",
     model=ImageFetched,
@@ -103,8 +155,32 @@ DISTRIBUTION_FINISHED = EventType(
     model=DistributionFinished,
     summary="Every host of a distribution has an outcome.",
 )
+DISTRIBUTION_PAUSED = EventType(
+    routing_key="precache.distribution.paused",
+    model=DistributionPaused,
+    summary="A distribution was stopped by its canaries.",
+)
+DISTRIBUTION_LATE = EventType(
+    routing_key="precache.distribution.late",
+    model=DistributionLate,
+    summary="A deadline has passed and too few hosts have the image.",
+)
+CACHE_PROGRESS = EventType(
+    routing_key="aggregate.cache_images.progress",
+    model=AggregateCacheProgress,
+    summary="A host has ended, in the shape of Nova's notification of that name.",
+)
 
-TOPOLOGY = Topology(publishes=(IMAGE_FETCHED, IMAGE_FAILED, DISTRIBUTION_FINISHED))
+TOPOLOGY = Topology(
+    publishes=(
+        IMAGE_FETCHED,
+        IMAGE_FAILED,
+        DISTRIBUTION_FINISHED,
+        DISTRIBUTION_PAUSED,
+        DISTRIBUTION_LATE,
+        CACHE_PROGRESS,
+    )
+)
 
 
 def topology(*, durable_fanout: bool) -> Topology:

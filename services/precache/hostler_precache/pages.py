@@ -7,7 +7,7 @@ from fastapi.responses import HTMLResponse
 
 from hostler_common import auth
 from hostler_common.pages import Pages
-from hostler_precache.deps import PoliciesDep, StoreDep, SwarmsDep
+from hostler_precache.deps import DistributionsDep, PoliciesDep, SwarmsDep
 
 ROWS_SHOWN = 50
 
@@ -17,24 +17,26 @@ pages = Pages("hostler_precache")
 
 @router.get("/", dependencies=[auth.require(auth.Role.READER)])
 async def overview(
-    request: Request, store: StoreDep, swarms: SwarmsDep, policies: PoliciesDep
+    request: Request, records: DistributionsDep, swarms: SwarmsDep, policies: PoliciesDep
 ) -> HTMLResponse:
     """Distributions, hosts and policies."""
     return pages.render(
         request,
         "overview.html",
-        distributions=await store.distributions(limit=ROWS_SHOWN),
+        distributions=await records.distributions(limit=ROWS_SHOWN),
         hosts=await swarms.hosts(limit=ROWS_SHOWN),
         policies=await policies.policies(limit=ROWS_SHOWN),
     )
 
 
 @router.get("/distributions/{distribution_id}", dependencies=[auth.require(auth.Role.READER)])
-async def distribution(request: Request, distribution_id: UUID, store: StoreDep) -> HTMLResponse:
+async def distribution(
+    request: Request, distribution_id: UUID, records: DistributionsDep
+) -> HTMLResponse:
     """One distribution, host by host."""
     return pages.render(
         request,
         "distribution.html",
-        distribution=await store.distribution(distribution_id),
-        hosts=await store.progress(distribution_id),
+        distribution=await records.distribution(distribution_id),
+        hosts=await records.progress(distribution_id),
     )

@@ -41,6 +41,7 @@ class PolicyStore:
         lister: str,
         options: Mapping[str, object],
         hosts: Sequence[str] | None,
+        labels: Mapping[str, str],
         priority: int,
         every_seconds: int,
     ) -> None:
@@ -50,10 +51,10 @@ class PolicyStore:
             PolicyExists: one of that name does already.
         """
         row = await connection.fetchrow(
-            "INSERT INTO policy (policy_id, name, lister, options, hosts, priority, every_seconds)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING"
-            " RETURNING policy_id",
-            policy_id, name, lister, dict(options), hosts, priority, every_seconds,
+            "INSERT INTO policy (policy_id, name, lister, options, hosts, labels, priority,"
+            "   every_seconds) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)"
+            " ON CONFLICT (name) DO NOTHING RETURNING policy_id",
+            policy_id, name, lister, dict(options), hosts, dict(labels), priority, every_seconds,
         )  # fmt: skip
         if row is None:
             raise PolicyExists(f"a policy named {name!r} exists")
@@ -80,8 +81,42 @@ class PolicyStore:
             )
         return [_policy(row) for row in rows]
 
+    async def change_policy(
+        self,
+        policy_id: UUID,
+        *,
+        lister: str,
+        options: Mapping[str, object],
+        hosts: Sequence[str] | None,
+        labels: Mapping[str, str],
+        priority: int,
+        every_seconds: int,
+    ) -> None:
+        """The policy is this from now on, and due: its run changes what it has distributed.
+
+        Raises:
+            PolicyNotFound: there is none.
+        """
+        async with db.transaction(self._pool) as connection:
+            status = await connection.execute(
+                "UPDATE policy SET lister = $2, options = $3, hosts = $4, labels = $5,"
+                "   priority = $6, every_seconds = $7, next_run_at = now() WHERE policy_id = $1",
+                policy_id, lister, dict(options), hosts, dict(labels), priority, every_seconds,
+            )  # fmt: skip
+        if status == "UPDATE 0":
+            raise PolicyNotFound(f"no policy {policy_id}")
+
+    async def listers_due(self, listers: Sequence[str]) -> int:
+        """Every policy of these listers is due: what they list has changed. Returns how many."""
+        async with db.transaction(self._pool) as connection:
+            status = await connection.execute(
+                "UPDATE policy SET next_run_at = now() WHERE lister = ANY ($1::text[])",
+                list(listers),
+            )
+        return int(status.removeprefix("UPDATE "))
+
     async def remove_policy(self, policy_id: UUID) -> None:
-        """The policy is gone; its distributions stay.
+        """The policy is gone; its distributions stay, and are nobody's.
 
         Raises:
             PolicyNotFound: there is none.
@@ -123,15 +158,6 @@ class PolicyStore:
                 policy_id, outcome, detail,
             )  # fmt: skip
 
-    async def distributed_images(self, connection: db.Connection, policy_id: PolicyId) -> set[str]:
-        """The images that the policy has live distributions of."""
-        rows = await connection.fetch(
-            "SELECT DISTINCT image_id FROM distribution WHERE policy_id = $1"
-            "   AND state IN ('fetching', 'distributing', 'done')",
-            policy_id,
-        )
-        return {row["image_id"] for row in rows}
-
 
 def _policy(row: asyncpg.Record) -> Policy:
     return Policy(
@@ -140,6 +166,7 @@ def _policy(row: asyncpg.Record) -> Policy:
         lister=row["lister"],
         options=row["options"],
         hosts=row["hosts"],
+        labels=row["labels"],
         priority=row["priority"],
         every_seconds=row["every_seconds"],
         next_run_at=row["next_run_at"],

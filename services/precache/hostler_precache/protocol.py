@@ -88,6 +88,9 @@ class Desired(_Wire):
     """All that a host should have, most urgent first."""
 
     images: list[DesiredImage]
+    deleted_image_ids: list[str] = Field(
+        default=[], description="deleted at their source lately: gone here as soon as none uses it"
+    )
 
 
 class BlobReport(_Wire):

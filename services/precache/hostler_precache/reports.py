@@ -11,7 +11,9 @@ from typing import Final
 from hostler_common import db, errors
 from hostler_common.bus import Message
 from hostler_precache import messages, protocol
-from hostler_precache.distributions import DistributionId
+from hostler_precache.distribution_store import DistributionStore
+from hostler_precache.distributions import HostEnded
+from hostler_precache.rollout import PRESENT
 from hostler_precache.store import Store
 from hostler_precache.swarm_store import SwarmStore
 
@@ -21,8 +23,9 @@ MAX_BATCH: Final = 500
 class Reports:
     """The writer of one replica; `run` it."""
 
-    def __init__(self, store: Store, swarms: SwarmStore) -> None:
+    def __init__(self, store: Store, distributions: DistributionStore, swarms: SwarmStore) -> None:
         self._store = store
+        self._distributions = distributions
         self._swarms = swarms
         self._waiting: list[tuple[str, protocol.HostReport, asyncio.Future[None]]] = []
         self._wake = asyncio.Event()
@@ -68,18 +71,40 @@ class Reports:
 
     async def _store_some(self, reports: dict[str, protocol.HostReport]) -> None:
         async with db.transaction(self._store.pool) as connection:
-            finished = await self._swarms.report(connection, reports)
-            await self._store.announce(
-                connection, [await self._finished(connection, one) for one in finished]
-            )
+            ended, finished = await self._swarms.report(connection, reports)
+            events = [_progress(one) for one in ended]
+            for distribution_id in finished:
+                image_id, states = await self._distributions.host_states(
+                    connection, distribution_id
+                )
+                events.append(
+                    messages.DISTRIBUTION_FINISHED.message(
+                        messages.DistributionFinished(
+                            distribution_id=str(distribution_id), image_id=image_id, hosts=states
+                        ),
+                        app_id=messages.APP_ID,
+                    )
+                )
+            if events:
+                await self._store.announce(connection, events)
 
-    async def _finished(
-        self, connection: db.Connection, distribution_id: DistributionId
-    ) -> Message:
-        image_id, states = await self._store.host_states(connection, distribution_id)
-        return messages.DISTRIBUTION_FINISHED.message(
-            messages.DistributionFinished(
-                distribution_id=str(distribution_id), image_id=image_id, hosts=states
-            ),
-            app_id=messages.APP_ID,
-        )
+
+def _progress(ended: HostEnded) -> Message:
+    """What Nova says when a host has cached an image, or could not."""
+    has_it = ended.state in PRESENT
+    return messages.CACHE_PROGRESS.message(
+        messages.AggregateCacheProgress(
+            payload=messages.AggregateCachePayload(
+                data=messages.AggregateCacheData(
+                    uuid=str(ended.distribution_id),
+                    name=ended.image_id,
+                    host=ended.host,
+                    images_cached=[ended.image_id] if has_it else [],
+                    images_failed=[] if has_it else [ended.image_id],
+                    index=ended.index,
+                    total=ended.total,
+                )
+            )
+        ),
+        app_id=messages.APP_ID,
+    )

@@ -6,8 +6,6 @@ the outbox inside it. Times are the database's.
 
 import uuid
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -17,16 +15,14 @@ from hostler_common.bus import Message
 from hostler_precache.distributions import (
     BlobRecord,
     BlobState,
-    Distribution,
     DistributionId,
-    DistributionState,
     FetchTask,
-    HostProgress,
     ImageRecord,
-    PolicyId,
 )
 from hostler_precache.images import Image, SourceHash, Verification
 from hostler_precache.manifest import BlobId, ImageId, Manifest
+
+_LIVE = ("fetching", "distributing")
 
 
 class ImageNotFound(errors.NotFound):
@@ -45,12 +41,6 @@ class BlobNotFound(errors.NotFound):
     """There is no such blob, or it is not complete yet."""
 
     code = "precache.blob.not_found"
-
-
-class DistributionNotFound(errors.NotFound):
-    """There is no such distribution."""
-
-    code = "precache.distribution.not_found"
 
 
 class Store:
@@ -84,7 +74,8 @@ class Store:
             " ON CONFLICT (image_id) DO UPDATE SET name = excluded.name,"
             "   fetcher = excluded.fetcher, location = excluded.location,"
             "   size_bytes = excluded.size_bytes, disk_format = excluded.disk_format,"
-            "   hash_algorithm = excluded.hash_algorithm, hash_value = excluded.hash_value"
+            "   hash_algorithm = excluded.hash_algorithm, hash_value = excluded.hash_value,"
+            "   deleted_at = NULL"
             " WHERE (old.fetcher, old.location, old.hash_value)"
             "     IS NOT DISTINCT FROM (excluded.fetcher, excluded.location, excluded.hash_value)"
             "   OR NOT EXISTS (SELECT 1 FROM blob WHERE blob.image_id = old.image_id"
@@ -96,6 +87,45 @@ class Store:
             raise ImageDiffers(
                 f"image {image.image_id} is known with another source or hash: use another id"
             )
+
+    async def image_deleted(self, connection: db.Connection, image_id: str) -> BlobId | None:
+        """The image is deleted at its source: its distributions are over, and hosts are told.
+
+        Returns:
+            Its blob, if there is one.
+
+        Raises:
+            ImageNotFound: nobody has named the image.
+        """
+        status = await connection.execute(
+            "UPDATE image SET deleted_at = coalesce(deleted_at, now()) WHERE image_id = $1",
+            image_id,
+        )
+        if status == "UPDATE 0":
+            raise ImageNotFound(f"no image {image_id}")
+        await connection.execute(
+            "UPDATE distribution SET state = 'cancelled', reason = 'image.deleted',"
+            "   finished_at = coalesce(finished_at, now())"
+            " WHERE image_id = $1 AND state IN ('fetching', 'distributing', 'done')",
+            image_id,
+        )
+        blob_id = await connection.fetchval(
+            "SELECT blob_id FROM blob WHERE image_id = $1 AND state IN ('fetching', 'ready')",
+            image_id,
+        )
+        return None if blob_id is None else BlobId(str(blob_id))
+
+    async def deleted_images(self, host: str) -> list[str]:
+        """Images that were deleted at their source lately, and that the host was told to get."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT image_id FROM image WHERE deleted_at > now() - interval '7 days'"
+                "   AND EXISTS (SELECT 1 FROM distribution d JOIN distribution_host h"
+                "     USING (distribution_id) WHERE d.image_id = image.image_id AND h.host = $1)"
+                " ORDER BY deleted_at LIMIT 1000",
+                host,
+            )
+        return [row["image_id"] for row in rows]
 
     async def image(self, image_id: str) -> ImageRecord:
         """The image.
@@ -288,6 +318,27 @@ class Store:
             raise BlobNotFound(f"no complete blob of image {image_id}")
         return blob_record(row)
 
+    async def retire_blobs(self, seed: str, *, idle_seconds: float) -> list[BlobId]:
+        """Blobs that this seed need not keep any more are given up; returns them.
+
+        Those of deleted images, and those that no distribution has wanted for so long.
+        """
+        async with db.transaction(self._pool) as connection:
+            rows = await connection.fetch(
+                "UPDATE blob SET state = 'error', reason = 'retired' FROM image"
+                " WHERE image.image_id = blob.image_id AND blob.seed = $1 AND blob.state = 'ready'"
+                "   AND NOT EXISTS (SELECT 1 FROM distribution d WHERE d.blob_id = blob.blob_id"
+                "     AND (d.state IN ('fetching', 'distributing', 'done')"
+                "       OR d.finished_at > now() - make_interval(secs => $2)"
+                "         AND image.deleted_at IS NULL))"
+                "   AND (image.deleted_at IS NOT NULL"
+                "     OR blob.ready_at < now() - make_interval(secs => $2))"
+                " RETURNING blob.blob_id",
+                seed,
+                idle_seconds,
+            )
+        return [BlobId(str(row["blob_id"])) for row in rows]
+
     async def blob_lost(self, blob_id: BlobId, *, reason: str) -> None:
         """The seed's copy is gone or damaged: the blob is fetched again for whoever waits for it."""
         async with db.transaction(self._pool) as connection:
@@ -315,170 +366,6 @@ class Store:
         if body is None:
             raise BlobNotFound(f"no complete blob {blob_id}")
         return bytes(body)
-
-    # --- distributions
-
-    async def add_distribution(
-        self,
-        connection: db.Connection,
-        *,
-        distribution_id: DistributionId,
-        image_id: str,
-        hosts: Sequence[str] | None,
-        priority: int,
-        policy_id: PolicyId | None = None,
-    ) -> DistributionState:
-        """The image is wanted on these hosts, or on all. It is distributing if its bytes are here.
-
-        Raises:
-            ImageNotFound: nobody has named the image.
-        """
-        if await connection.fetchval("SELECT 1 FROM image WHERE image_id = $1", image_id) is None:
-            raise ImageNotFound(f"no image {image_id}: register it first, or send its source")
-        # locked, so that a fetch that ends now sees the distribution or is seen by it
-        blob_id = await connection.fetchval(
-            "SELECT blob_id FROM blob WHERE image_id = $1 AND state IN ('fetching', 'ready')"
-            " FOR SHARE",
-            image_id,
-        )
-        state = await connection.fetchval(
-            "INSERT INTO distribution (distribution_id, image_id, policy_id, hosts, priority,"
-            "   state, blob_id, announced_at)"
-            " SELECT $1, $2, $3, $4, $5, CASE WHEN ready.blob_id IS NULL THEN 'fetching'"
-            "   ELSE 'distributing' END, ready.blob_id,"
-            "   CASE WHEN ready.blob_id IS NULL THEN NULL ELSE now() END"
-            " FROM (SELECT 1) one LEFT JOIN blob ready"
-            "   ON ready.blob_id = $6 AND ready.state = 'ready'"
-            " RETURNING state",
-            distribution_id, image_id, policy_id, hosts, priority, blob_id,
-        )  # fmt: skip
-        await connection.execute(
-            "INSERT INTO distribution_host (distribution_id, host)"
-            " SELECT $1, host FROM unnest(coalesce($2::text[], (SELECT array_agg(host) FROM host)))"
-            "   AS wanted (host) ON CONFLICT DO NOTHING",
-            distribution_id,
-            hosts,
-        )
-        return DistributionState(state)
-
-    async def cancel(self, distribution_id: UUID) -> None:
-        """The distribution is over; its hosts stop fetching at their next look.
-
-        Raises:
-            DistributionNotFound: there is none.
-        """
-        async with db.transaction(self._pool) as connection:
-            status = await connection.execute(
-                "UPDATE distribution SET finished_at = coalesce(finished_at, now()),"
-                "   state = CASE WHEN state IN ('done', 'error') THEN state ELSE 'cancelled' END"
-                " WHERE distribution_id = $1",
-                distribution_id,
-            )
-        if status == "UPDATE 0":
-            raise DistributionNotFound(f"no distribution {distribution_id}")
-
-    async def distribution(self, distribution_id: UUID) -> Distribution:
-        """The distribution.
-
-        Raises:
-            DistributionNotFound: there is none.
-        """
-        rows = await self._distributions("WHERE d.distribution_id = $1", distribution_id)
-        if not rows:
-            raise DistributionNotFound(f"no distribution {distribution_id}")
-        return rows[0]
-
-    async def distributions(
-        self, *, limit: int, marker: UUID | None = None, image_id: str | None = None
-    ) -> list[Distribution]:
-        """Distributions, newest first, after the marker; of one image, if one is named."""
-        return await self._distributions(
-            "WHERE ($3::text IS NULL OR d.image_id = $3) AND ($2::uuid IS NULL"
-            "   OR (d.created_at, d.distribution_id) < (SELECT created_at, distribution_id"
-            "     FROM distribution WHERE distribution_id = $2))"
-            " ORDER BY d.created_at DESC, d.distribution_id DESC LIMIT $1",
-            limit,
-            marker,
-            image_id,
-        )
-
-    async def _distributions(self, clause: str, *values: object) -> list[Distribution]:
-        async with db.connection(self._pool) as connection:
-            rows = await connection.fetch(
-                "SELECT d.*, blob.size_bytes, blob.verification,"  # noqa: S608  the clause is ours
-                "   coalesce(blob.fetched_bytes, 0) AS fetched_bytes,"
-                "   coalesce(sent.by_seed, 0) AS by_seed, coalesce(sent.by_peers, 0) AS by_peers,"
-                "   coalesce(states.counts, '{}'::jsonb) AS host_states"
-                " FROM distribution d"
-                " LEFT JOIN LATERAL (SELECT * FROM blob WHERE blob.blob_id = d.blob_id"
-                "   OR (d.blob_id IS NULL AND blob.image_id = d.image_id"
-                "     AND blob.state = 'fetching') LIMIT 1) blob ON true"
-                " LEFT JOIN LATERAL (SELECT"
-                "     sum(sent_bytes) FILTER (WHERE is_seed)::bigint AS by_seed,"
-                "     sum(sent_bytes) FILTER (WHERE NOT is_seed)::bigint AS by_peers"
-                "   FROM transfer t WHERE t.distribution_id = d.distribution_id) sent ON true"
-                " LEFT JOIN LATERAL (SELECT jsonb_object_agg(state, n) AS counts FROM"
-                "   (SELECT state, count(*) AS n FROM distribution_host h"
-                "     WHERE h.distribution_id = d.distribution_id GROUP BY state) c) states ON true"
-                f" {clause}",
-                *values,
-            )
-        return [_distribution(row) for row in rows]
-
-    async def progress(self, distribution_id: UUID) -> list[HostProgress]:
-        """Every host of the distribution, by name."""
-        async with db.connection(self._pool) as connection:
-            rows = await connection.fetch(
-                "SELECT h.*, coalesce(t.sent, 0) AS sent, coalesce(t.seed, 0) AS seed,"
-                "   coalesce(t.peers, 0) AS peers, coalesce(t.wasted, 0) AS wasted"
-                " FROM distribution_host h LEFT JOIN LATERAL (SELECT"
-                "     sum(sent_bytes)::bigint AS sent,"
-                "     sum(received_from_seed_bytes)::bigint AS seed,"
-                "     sum(received_from_peers_bytes)::bigint AS peers,"
-                "     sum(wasted_bytes)::bigint AS wasted FROM transfer t"
-                "   WHERE t.distribution_id = h.distribution_id AND t.host = h.host"
-                "     AND NOT t.is_seed) t ON true"
-                " WHERE h.distribution_id = $1 ORDER BY h.host",
-                distribution_id,
-            )
-        return [
-            HostProgress(
-                host=row["host"],
-                state=row["state"],
-                reason=row["reason"],
-                pieces_done=row["pieces_done"],
-                bytes_done=row["bytes_done"],
-                sent_bytes=row["sent"],
-                received_from_seed_bytes=row["seed"],
-                received_from_peers_bytes=row["peers"],
-                wasted_bytes=row["wasted"],
-                updated_at=row["updated_at"],
-                finished_at=row["finished_at"],
-            )
-            for row in rows
-        ]
-
-    async def host_states(
-        self, connection: db.Connection, distribution_id: DistributionId
-    ) -> tuple[str, dict[str, int]]:
-        """The distribution's image, and how many of its hosts are in which state."""
-        image_id = await connection.fetchval(
-            "SELECT image_id FROM distribution WHERE distribution_id = $1", distribution_id
-        )
-        rows = await connection.fetch(
-            "SELECT state, count(*) AS n FROM distribution_host WHERE distribution_id = $1"
-            " GROUP BY state",
-            distribution_id,
-        )
-        return image_id, {row["state"]: row["n"] for row in rows}
-
-    async def count_states(self) -> dict[str, int]:
-        """How many distributions are in which state."""
-        async with db.connection(self._pool) as connection:
-            rows = await connection.fetch(
-                "SELECT state, count(*) AS n FROM distribution GROUP BY state"
-            )
-        return {row["state"]: row["n"] for row in rows}
 
     async def announce(self, connection: db.Connection, messages: Sequence[Message]) -> None:
         """The messages leave when the transaction commits."""
@@ -513,28 +400,4 @@ def blob_record(row: asyncpg.Record, *, size: str = "size_bytes") -> BlobRecord:
         size_bytes=row[size],
         root=None if row["root"] is None else bytes(row["root"]),
         verification=None if row["verification"] is None else Verification(row["verification"]),
-    )
-
-
-def _distribution(row: asyncpg.Record) -> Distribution:
-    states: dict[str, Any] = row["host_states"]
-    finished: datetime | None = row["finished_at"]
-    return Distribution(
-        distribution_id=DistributionId(row["distribution_id"]),
-        image_id=row["image_id"],
-        blob_id=None if row["blob_id"] is None else str(row["blob_id"]),
-        policy_id=None if row["policy_id"] is None else PolicyId(row["policy_id"]),
-        hosts=row["hosts"],
-        priority=row["priority"],
-        state=DistributionState(row["state"]),
-        reason=row["reason"],
-        size_bytes=row["size_bytes"],
-        fetched_bytes=row["fetched_bytes"],
-        verification=row["verification"],
-        seed_sent_bytes=row["by_seed"],
-        peers_sent_bytes=row["by_peers"],
-        host_states=states,
-        created_at=row["created_at"],
-        announced_at=row["announced_at"],
-        finished_at=finished,
     )

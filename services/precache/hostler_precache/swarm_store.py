@@ -3,17 +3,22 @@
 Reports are totals of one session, so storing one twice changes nothing.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
+
+import asyncpg
 
 from hostler_common import db
 from hostler_precache import protocol
 from hostler_precache.distributions import (
     DistributionId,
+    HostEnded,
     HostRecord,
     Member,
     SwarmRecord,
+    SwarmRule,
     Wanted,
 )
 from hostler_precache.manifest import BlobId
@@ -124,8 +129,8 @@ class SwarmStore:
 
     async def report(
         self, connection: db.Connection, reports: Mapping[str, protocol.HostReport]
-    ) -> list[DistributionId]:
-        """What these hosts say is stored; returns the distributions that this finished.
+    ) -> tuple[list[HostEnded], list[DistributionId]]:
+        """What these hosts say is stored; returns who came to an end, and what this finished.
 
         A handful of statements however many hosts there are, so that thousands may report every
         few seconds; a row that says nothing new is not written.
@@ -135,7 +140,7 @@ class SwarmStore:
         await self._store_hosts(connection, [(host, reports[host]) for host in hosts])
         told = [(host, blob) for host in hosts for blob in reports[host].blobs]
         if not told:
-            return []
+            return [], []
         changed = await self._store_progress(connection, told)
         await self._store_transfers(
             connection,
@@ -151,7 +156,8 @@ class SwarmStore:
                 for distribution_id, sent in _sent(blob).items()
             ],
         )
-        return await self._finish(connection, changed)
+        finished = await self._finish(connection, {row["distribution_id"] for row in changed})
+        return await self._ended(connection, changed), finished
 
     async def _store_hosts(
         self, connection: db.Connection, reports: Sequence[tuple[str, protocol.HostReport]]
@@ -173,8 +179,8 @@ class SwarmStore:
 
     async def _store_progress(
         self, connection: db.Connection, told: Sequence[tuple[str, protocol.BlobReport]]
-    ) -> set[UUID]:
-        """Returns the distributions of which a host has come to an end, or begun again."""
+    ) -> list[asyncpg.Record]:
+        """Returns the rows of hosts that have come to an end, or begun again."""
         rows = await connection.fetch(
             # what a host fetched for us stays "cached", though after a restart it is "existing"
             "WITH told AS (SELECT DISTINCT ON (host, blob_id) host, blob_id, state, reason, pieces,"
@@ -198,7 +204,7 @@ class SwarmStore:
             "   finished_at = CASE WHEN after = ANY ($8::text[]) THEN coalesce(h.finished_at, now())"
             "     END"
             " FROM known WHERE h.distribution_id = known.distribution_id AND h.host = known.host"
-            " RETURNING h.distribution_id, before = ANY ($8::text[]) AS was_final,"
+            " RETURNING h.distribution_id, h.host, after, before = ANY ($8::text[]) AS was_final,"
             "   after = ANY ($8::text[]) AS is_final",
             [host for host, _ in told],
             [UUID(blob.blob_id) for _, blob in told],
@@ -209,7 +215,42 @@ class SwarmStore:
             [blob.coverage for _, blob in told],
             _FINAL,
         )
-        return {row["distribution_id"] for row in rows if row["was_final"] != row["is_final"]}
+        return [row for row in rows if row["was_final"] != row["is_final"]]
+
+    async def _ended(
+        self, connection: db.Connection, changed: Sequence[asyncpg.Record]
+    ) -> list[HostEnded]:
+        ended = [row for row in changed if row["is_final"]]
+        if not ended:
+            return []
+        counts = {
+            row["distribution_id"]: row
+            for row in await connection.fetch(
+                "SELECT d.distribution_id, d.image_id, count(*) AS total,"
+                "   count(*) FILTER (WHERE h.state = ANY ($2::text[])) AS ended"
+                " FROM distribution d JOIN distribution_host h USING (distribution_id)"
+                " WHERE d.distribution_id = ANY ($1::uuid[]) GROUP BY d.distribution_id",
+                list({row["distribution_id"] for row in ended}),
+                _FINAL,
+            )
+        }
+        left = Counter(row["distribution_id"] for row in ended)
+        found = []
+        for row in ended:
+            count = counts[row["distribution_id"]]
+            left[row["distribution_id"]] -= 1
+            found.append(
+                HostEnded(
+                    distribution_id=DistributionId(row["distribution_id"]),
+                    image_id=count["image_id"],
+                    host=row["host"],
+                    state=row["after"],
+                    # those of one batch end one after the other
+                    index=count["ended"] - left[row["distribution_id"]],
+                    total=count["total"],
+                )
+            )
+        return found
 
     async def _store_transfers(
         self, connection: db.Connection, transfers: Sequence["_Transfer"], *, is_seed: bool = False
@@ -298,21 +339,19 @@ class SwarmStore:
     async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
         """Who has the blob or is told to get it, of those heard of lately, and under which limits."""
         async with db.connection(self._pool) as connection:
-            rules = await connection.fetchrow(
-                # of several distributions of one blob, the most generous one decides
-                "SELECT coalesce(bool_and(d.paused_at IS NOT NULL OR NOT d.is_open), true)"
-                "     AS is_halted,"
-                "   (SELECT seed_url FROM blob WHERE blob_id = $1 AND state = 'ready') AS seed_url,"
-                "   CASE WHEN bool_and(d.host_bytes_per_second IS NOT NULL)"
-                "     THEN max(d.host_bytes_per_second) END AS host_bytes_per_second,"
-                "   CASE WHEN bool_and(d.total_bytes_per_second IS NOT NULL)"
-                "     THEN max(d.total_bytes_per_second) END AS total_bytes_per_second"
-                " FROM distribution d WHERE d.blob_id = $1 AND d.state IN ('distributing', 'done')",
+            seed_url = await connection.fetchval(
+                "SELECT seed_url FROM blob WHERE blob_id = $1 AND state = 'ready'", UUID(blob_id)
+            )
+            rules = await connection.fetch(
+                "SELECT distribution_id, paused_at IS NOT NULL OR NOT is_open AS is_halted,"
+                "   host_bytes_per_second, total_bytes_per_second FROM distribution"
+                " WHERE blob_id = $1 AND state IN ('distributing', 'done')",
                 UUID(blob_id),
             )
             rows = await connection.fetch(
                 "SELECT host.host, host.url, host.labels->>'rack' AS rack,"
-                "   bool_or(h.state IN ('waiting', 'transferring')) AS is_moving"
+                "   bool_or(h.state IN ('waiting', 'transferring')) AS is_moving,"
+                "   array_agg(d.distribution_id) AS distribution_ids"
                 " FROM distribution d JOIN distribution_host h USING (distribution_id)"
                 " JOIN host ON host.host = h.host"
                 " WHERE d.blob_id = $1 AND d.state IN ('distributing', 'done')"
@@ -323,18 +362,23 @@ class SwarmStore:
                 UUID(blob_id),
                 within_seconds,
             )
-        assert rules is not None
         return SwarmRecord(
-            seeds=[rules["seed_url"]] if rules["seed_url"] else [],
-            is_halted=rules["is_halted"],
-            host_bytes_per_second=rules["host_bytes_per_second"],
-            total_bytes_per_second=rules["total_bytes_per_second"],
+            seeds=[seed_url] if seed_url else [],
+            rules={
+                DistributionId(row["distribution_id"]): SwarmRule(
+                    is_halted=row["is_halted"],
+                    host_bytes_per_second=row["host_bytes_per_second"],
+                    total_bytes_per_second=row["total_bytes_per_second"],
+                )
+                for row in rules
+            },
             members=[
                 Member(
                     host=row["host"],
                     url=row["url"],
                     rack=row["rack"],
                     is_moving=row["is_moving"],
+                    distribution_ids=[DistributionId(one) for one in row["distribution_ids"]],
                 )
                 for row in rows
             ],

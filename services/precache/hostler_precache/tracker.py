@@ -5,14 +5,27 @@ The tracker is off the data path. A swarm goes on without it; it cannot grow.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
 
 from hostler_common.bus import Message
 from hostler_precache import graph, messages, protocol, tokens
-from hostler_precache.distributions import BlobRecord, DistributionId, SwarmRecord, Wanted
+from hostler_precache.distributions import (
+    BlobRecord,
+    DistributionId,
+    SwarmRecord,
+    SwarmRule,
+    Wanted,
+)
 from hostler_precache.envelope import CacheCall
 from hostler_precache.manifest import BlobId
 from hostler_precache.swarm_store import SwarmStore
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)
 
 
 def grant(blob: BlobRecord, distribution_id: DistributionId, *, token_seconds: int) -> str:
@@ -99,7 +112,8 @@ class _Swarm:
     def __init__(self, blob_id: BlobId) -> None:
         self._graph = graph.Graph(blob_id)
         self._urls: dict[str, str] = {}
-        self._moving = 0
+        self._rules: dict[str, list[DistributionId]] = {}
+        self._moving: Counter[DistributionId] = Counter()
         self.record: SwarmRecord | None = None
         self.lock = asyncio.Lock()
         self.asked_at = 0.0
@@ -112,7 +126,10 @@ class _Swarm:
         for member in record.members:
             self._graph.add(member.host, member.rack)
         self._urls = urls
-        self._moving = sum(member.is_moving for member in record.members)
+        self._rules = {one.host: list(one.distribution_ids) for one in record.members}
+        self._moving = Counter(
+            rule for one in record.members if one.is_moving for rule in one.distribution_ids
+        )
         self.record = record
 
     def add(self, host: str, url: str, rack: str | None) -> None:
@@ -133,12 +150,35 @@ class _Swarm:
             if other not in banned
         ]
 
-    def limit_bytes_per_second(self) -> int | None:
-        """What each host may fetch: its own limit, or its share of what all may."""
+    def is_halted(self, host: str) -> bool:
+        """Whether no distribution lets the host fetch the blob now."""
+        return all(rule.is_halted for _, rule in self._rules_of(host))
+
+    def limit_bytes_per_second(self, host: str) -> int | None:
+        """What the host may fetch, by the most generous of its distributions.
+
+        That is the distribution's limit of a host, or its share of what all may fetch.
+        """
+        limits = []
+        for distribution_id, rule in self._rules_of(host):
+            if rule.is_halted:
+                continue
+            total = rule.total_bytes_per_second
+            share = None
+            if total is not None:
+                share = max(1, total // max(1, self._moving[distribution_id]))
+            both = [one for one in (rule.host_bytes_per_second, share) if one is not None]
+            if not both:
+                return None
+            limits.append(min(both))
+        return max(limits, default=None)
+
+    def _rules_of(self, host: str) -> list[tuple[DistributionId, SwarmRule]]:
         assert self.record is not None
-        own, total = self.record.host_bytes_per_second, self.record.total_bytes_per_second
-        share = None if total is None else max(1, total // max(1, self._moving))
-        return min((one for one in (own, share) if one is not None), default=None)
+        rules = self.record.rules
+        # a host that joined since the record was read obeys all of them
+        known = self._rules.get(host, list(rules))
+        return [(one, rules[one]) for one in known if one in rules]
 
 
 class Tracker:
@@ -162,14 +202,12 @@ class Tracker:
         return protocol.Swarm(
             seeds=list(known.record.seeds),
             neighbours=known.neighbours(host, banned=banned),
-            limit_bytes_per_second=known.limit_bytes_per_second(),
+            limit_bytes_per_second=known.limit_bytes_per_second(host),
         )
 
-    async def is_halted(self, blob_id: BlobId) -> bool:
-        """Whether no distribution lets anybody fetch the blob now."""
-        known = await self._known(blob_id)
-        assert known.record is not None
-        return known.record.is_halted
+    async def is_halted(self, host: str, blob_id: BlobId) -> bool:
+        """Whether no distribution lets the host fetch the blob now."""
+        return (await self._known(blob_id)).is_halted(host)
 
     async def heard(self, host: str, report: protocol.HostReport, blob_id: BlobId) -> None:
         """A host has told of a blob that it has or is getting: others may be sent to it at once."""

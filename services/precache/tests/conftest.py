@@ -2,12 +2,14 @@
 
 import asyncio
 import hashlib
+import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aio_pika
 import pytest
 import pytest_asyncio
 
@@ -144,3 +146,28 @@ def over() -> Callable[..., Awaitable[dict[str, Any]]]:
 def image_id() -> str:
     """An id as Glance makes them."""
     return str(uuid.uuid4())
+
+
+@pytest_asyncio.fixture
+async def hostler_inbox(amqp_url: str) -> AsyncIterator[Callable[..., Awaitable[list[Any]]]]:
+    """`await hostler_inbox(routing_key, count=1)`: the first bodies published under that key since."""
+    connection = await aio_pika.connect(amqp_url)
+    async with connection:
+        channel = await connection.channel()
+        exchange = await channel.declare_exchange("hostler", "topic", durable=True)
+        queue = await channel.declare_queue(exclusive=True)
+        await queue.bind(exchange, "#")
+        found: dict[str, list[Any]] = {}
+
+        async def take(routing_key: str, count: int = 1) -> list[Any]:
+            async def enough() -> bool:
+                while (message := await queue.get(fail=False, no_ack=True)) is not None:
+                    found.setdefault(message.routing_key or "", []).append(
+                        json.loads(message.body)
+                    )
+                return len(found.get(routing_key, [])) >= count
+
+            await testing.eventually(enough)
+            return found[routing_key]
+
+        yield take

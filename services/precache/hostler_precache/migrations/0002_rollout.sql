@@ -36,5 +36,7 @@ CREATE INDEX distribution_host_open ON distribution_host (distribution_id, wave)
 ALTER TABLE transfer ADD COLUMN received_from_rack_bytes bigint NOT NULL DEFAULT 0;
 ALTER TABLE transfer SET (fillfactor = 60);
 
--- What policies no longer want is unpinned: their distributions are withdrawn.
+ALTER TABLE policy ADD COLUMN labels jsonb NOT NULL DEFAULT '{}';
+
+-- Deleted at its source: hosts are told, and no seed keeps it.
 ALTER TABLE image ADD COLUMN deleted_at timestamptz;

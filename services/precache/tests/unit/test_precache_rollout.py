@@ -1,0 +1,141 @@
+"""Windows, canaries, deadlines and the bound: decided from what is passed in, and right at the edges."""
+
+from datetime import UTC, datetime, time, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hostler_precache import bound, rollout
+from hostler_precache.rollout import Verdict, Window
+
+BERLIN = ZoneInfo("Europe/Berlin")
+NIGHT = Window(start=time(22), stop=time(6), time_zone="Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("local", "inside"),
+    [
+        ("2026-11-21 21:59", False),
+        ("2026-11-21 22:00", True),
+        ("2026-11-22 05:59", True),
+        ("2026-11-22 06:00", False),
+        # the night in which clocks are put forward, and the one in which they are put back
+        ("2026-03-29 03:30", True),
+        ("2026-10-25 02:30", True),
+    ],
+)
+def test_a_window_past_midnight_is_open_from_its_start_to_its_stop(
+    local: str, inside: bool
+) -> None:
+    at = datetime.fromisoformat(local).replace(tzinfo=BERLIN)
+    assert NIGHT.contains(at.astimezone(UTC)) is inside
+
+
+def test_a_window_belongs_to_the_day_on_which_it_starts() -> None:
+    friday = Window(start=time(22), stop=time(6), days=frozenset({"fri"}))
+    assert friday.contains(datetime(2026, 11, 20, 23, tzinfo=UTC))
+    assert friday.contains(datetime(2026, 11, 21, 5, tzinfo=UTC))
+    assert not friday.contains(datetime(2026, 11, 20, 5, tzinfo=UTC))
+    assert not friday.contains(datetime(2026, 11, 21, 23, tzinfo=UTC))
+
+
+def test_without_windows_it_is_always_open() -> None:
+    assert rollout.is_open([], datetime(2026, 1, 1, tzinfo=UTC))
+
+
+@given(st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 31), timezones=st.just(UTC)))
+def test_the_next_opening_is_open_and_nothing_before_it_is(at: datetime) -> None:
+    found = rollout.next_open([NIGHT], at)
+    assert found is not None
+    assert NIGHT.contains(found)
+    assert found == at or not NIGHT.contains(found - timedelta(minutes=1)) or found - at < timedelta(minutes=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("zone", ["Mars/Olympus", "", "../etc/passwd", "/etc/passwd", "a\0b"])
+def test_a_time_zone_that_there_is_not_is_refused(zone: str) -> None:
+    with pytest.raises(ValueError, match="no time zone"):
+        Window(start=time(1), stop=time(2), time_zone=zone)
+
+
+@pytest.mark.parametrize(
+    ("states", "verdict"),
+    [
+        ({"waiting": 1, "cached": 3}, Verdict.WAIT),
+        ({"transferring": 1, "error": 1}, Verdict.WAIT),
+        ({"cached": 2, "existing": 1}, Verdict.GO),
+        ({"cached": 2, "error": 1}, Verdict.STOP),
+        ({"unsupported": 1, "skipped": 1, "cached": 1}, Verdict.GO),
+    ],
+)
+def test_canaries_decide_when_all_of_them_have_ended(
+    states: dict[str, int], verdict: Verdict
+) -> None:
+    assert rollout.canary_verdict(states) is verdict
+
+
+def test_a_share_is_rounded_up() -> None:
+    assert [rollout.share_of(3, percent) for percent in (1, 33, 34, 67, 100)] == [1, 1, 2, 3, 3]
+
+
+def test_a_deadline_is_met_by_the_share_it_asks_for() -> None:
+    states = {"cached": 18, "existing": 1, "error": 1}
+    assert rollout.deadline_met(states, 95)
+    assert not rollout.deadline_met(states, 96)
+
+
+MIB = 1 << 20
+LINKS = st.dictionaries(st.text("abc", min_size=1), st.integers(1, 10**9), min_size=1)
+
+
+@given(st.integers(1, 1 << 40), st.integers(1, 10**9), LINKS)
+def test_no_bound_is_below_what_any_single_link_allows(
+    size: int, seed: int, links: dict[str, int]
+) -> None:
+    found = bound.bound(size, seed_bytes_per_second=seed, hosts_bytes_per_second=links)
+    assert found.seconds >= size / seed
+    assert found.seconds >= size / min(links.values())
+    assert found.seconds * (seed + sum(links.values())) >= len(links) * size * (1 - 1e-9)
+
+
+def test_equal_links_give_the_time_of_one_copy_for_any_number_of_hosts() -> None:
+    for count in (1, 8, 1000):
+        found = bound.bound(
+            100 * MIB,
+            seed_bytes_per_second=MIB,
+            hosts_bytes_per_second={f"h{n}": MIB for n in range(count)},
+        )
+        assert found.seconds == 100
+        assert found.limit is bound.Limit.SEED
+
+
+def test_a_slow_host_is_named_as_the_limit() -> None:
+    found = bound.bound(
+        MIB, seed_bytes_per_second=MIB, hosts_bytes_per_second={"fast": MIB, "slow": MIB // 8}
+    )
+    assert (found.seconds, found.limit, found.slowest_host) == (8, bound.Limit.HOST, "slow")
+
+
+def test_a_rule_can_be_the_limit() -> None:
+    found = bound.bound(
+        MIB,
+        seed_bytes_per_second=MIB,
+        hosts_bytes_per_second={"a": MIB, "b": MIB},
+        total_bytes_per_second=MIB // 4,
+    )
+    assert (found.seconds, found.limit) == (8, bound.Limit.RULE)
+
+
+def test_what_remains_is_the_slowest_of_the_share_asked_for() -> None:
+    paces = [
+        bound.Pace(bytes_done=MIB, seconds=1, is_over=True),
+        bound.Pace(bytes_done=MIB // 2, seconds=1, is_over=False),
+        bound.Pace(bytes_done=MIB // 4, seconds=1, is_over=False),
+        bound.Pace(bytes_done=0, seconds=0, is_over=False),
+    ]
+    assert bound.remaining_seconds(MIB, paces, share=0.25) == 0
+    assert bound.remaining_seconds(MIB, paces, share=0.5) == 1
+    assert bound.remaining_seconds(MIB, paces, share=0.75) == 3
+    assert bound.remaining_seconds(MIB, paces) is None
+    assert bound.remaining_seconds(MIB, []) is None
