@@ -347,7 +347,7 @@ def require(role: Role, *, every_project: bool = False) -> Any:  # noqa: ANN401 
     return Depends(Require(role, every_project=every_project))
 
 
-def _principal(request: Request) -> Principal:
+async def _principal(request: Request) -> Principal:
     principal: Principal = request.state.principal
     return principal
 

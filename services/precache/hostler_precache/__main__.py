@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import Coroutine
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
@@ -19,34 +21,68 @@ OVER = ("done", "error", "cancelled")
 
 main = cli.service(Settings, serve, http_app, package=PACKAGE)
 
+HostOption = Annotated[
+    list[str] | None, typer.Option("--host", help="A host, again for each; all unless given.")
+]
+LabelOption = Annotated[
+    list[str] | None,
+    typer.Option("--label", help="Hosts with this label: zone=a, again for each."),
+]
+PercentOption = Annotated[int | None, typer.Option(help="Of those hosts, so many percent.")]
+CanaryOption = Annotated[
+    int | None, typer.Option(help="So many percent first; the others once none has failed.")
+]
+DeadlineOption = Annotated[
+    str | None, typer.Option(help="By when: 2026-12-01T02:00:00Z, or in hours: 6h.")
+]
+DeadlinePercentOption = Annotated[int, typer.Option(help="Of the hosts, by the deadline.")]
+HostLimitOption = Annotated[float | None, typer.Option(help="Mbit/s that one host may fetch.")]
+TotalLimitOption = Annotated[
+    float | None, typer.Option(help="Mbit/s that all hosts together may fetch.")
+]
+WindowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--window", help="When pieces may move: 22:00-06:00, or 22:00-06:00@Europe/Berlin."
+    ),
+]
+LocationOption = Annotated[
+    str | None, typer.Option(help="Where an image that is not known yet is.")
+]
+FetcherOption = Annotated[str, typer.Option(help="How to get it: http, file, glance, ...")]
+WatchOption = Annotated[bool, typer.Option("--watch", help="Show progress until it is over.")]
+
 
 @main.command("distribute")
 def distribute_command(
     image_id: str,
-    host: Annotated[
-        list[str] | None, typer.Option(help="A host, again for each; all unless given.")
-    ] = None,
-    location: Annotated[
-        str | None, typer.Option(help="Where an image that is not known yet is.")
-    ] = None,
-    fetcher: Annotated[str, typer.Option(help="How to get it: http, file, glance, ...")] = "http",
+    host: HostOption = None,
+    label: LabelOption = None,
+    percent: PercentOption = None,
+    canary: CanaryOption = None,
+    deadline: DeadlineOption = None,
+    deadline_percent: DeadlinePercentOption = 100,
+    host_limit: HostLimitOption = None,
+    total_limit: TotalLimitOption = None,
+    window: WindowOption = None,
+    location: LocationOption = None,
+    fetcher: FetcherOption = "http",
     sha512: Annotated[str | None, typer.Option(help="What it must hash to.")] = None,
     priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Show progress until it is over.")
-    ] = False,
+    watch: WatchOption = False,
     url: cli.UrlOption = None,
     as_json: cli.JsonOption = False,
 ) -> None:
     """Put an image on hosts."""
-    body: dict[str, Any] = {"image_id": image_id, "hosts": host or None, "priority": priority}
-    if location is not None or fetcher != "http":
-        body["image"] = {
-            "image_id": image_id,
-            "fetcher": fetcher,
-            "location": location or "",
-            **({"os_hash_algo": "sha512", "os_hash_value": sha512} if sha512 else {}),
-        }
+    body = _request(
+        image_id, host, label, percent, canary, deadline, deadline_percent, host_limit,
+        total_limit, window, location, fetcher,
+    )  # fmt: skip
+    body["priority"] = priority
+    if sha512 is not None:
+        if "image" not in body:
+            raise cli.fail("--sha512 needs --location: a known image has its hash already", 2)
+        body["image"] |= {"os_hash_algo": "sha512", "os_hash_value": sha512}
 
     async def run() -> None:
         async with cli.api(url, default_port=PORT) as api:
@@ -61,14 +97,47 @@ def distribute_command(
     asyncio.run(run())
 
 
+@main.command("plan")
+def plan_command(
+    image_id: str,
+    host: HostOption = None,
+    label: LabelOption = None,
+    percent: PercentOption = None,
+    canary: CanaryOption = None,
+    deadline: DeadlineOption = None,
+    deadline_percent: DeadlinePercentOption = 100,
+    host_limit: HostLimitOption = None,
+    total_limit: TotalLimitOption = None,
+    window: WindowOption = None,
+    location: LocationOption = None,
+    fetcher: FetcherOption = "http",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Always so: a plan changes nothing.", hidden=True)
+    ] = True,
+    url: cli.UrlOption = None,
+    as_json: cli.JsonOption = False,
+) -> None:
+    """Say what `distribute` with the same options would do: which hosts, how fast, what is in the way."""
+    del dry_run
+    body = _request(
+        image_id, host, label, percent, canary, deadline, deadline_percent, host_limit,
+        total_limit, window, location, fetcher,
+    )  # fmt: skip
+
+    async def run() -> None:
+        async with cli.api(url, default_port=PORT) as api:
+            answer = await api.post("/v1/plans", body)
+            _print_json(answer) if as_json else _print_plan(answer)
+
+    asyncio.run(run())
+
+
 @main.command("status")
 def status_command(
     distribution_id: Annotated[
         str | None, typer.Argument(help="All of them unless given.")
     ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Show progress until it is over.")
-    ] = False,
+    watch: WatchOption = False,
     url: cli.UrlOption = None,
     as_json: cli.JsonOption = False,
 ) -> None:
@@ -88,6 +157,28 @@ def status_command(
     asyncio.run(run())
 
 
+@main.command("pause")
+def pause_command(
+    distribution_id: str, url: cli.UrlOption = None, as_json: cli.JsonOption = False
+) -> None:
+    """Its hosts fetch nothing more, and keep what they have."""
+    _act(url, "POST", f"/v1/distributions/{distribution_id}/pause", as_json=as_json)
+
+
+@main.command("resume")
+def resume_command(
+    distribution_id: str, url: cli.UrlOption = None, as_json: cli.JsonOption = False
+) -> None:
+    """Its hosts go on where they were; one that its canaries stopped goes on to all."""
+    _act(url, "POST", f"/v1/distributions/{distribution_id}/resume", as_json=as_json)
+
+
+@main.command("cancel")
+def cancel_command(distribution_id: str, url: cli.UrlOption = None) -> None:
+    """Hosts that are still fetching stop; files that are in place are unpinned."""
+    _act(url, "DELETE", f"/v1/distributions/{distribution_id}", as_json=False)
+
+
 @main.command("hosts")
 def hosts_command(url: cli.UrlOption = None, as_json: cli.JsonOption = False) -> None:
     """The hosts whose agents have spoken."""
@@ -98,12 +189,127 @@ def hosts_command(url: cli.UrlOption = None, as_json: cli.JsonOption = False) ->
             if as_json:
                 _print_json(answer)
                 return
-            table = Table("host", "serves at", "images", "last heard of")
+            table = Table("host", "serves at", "labels", "images", "free", "last heard of")
             for one in answer["hosts"]:
-                table.add_row(one["host"], one["url"], str(one["images"]), one["seen_at"])
+                free = "-" if one["free_bytes"] is None else _mib(one["free_bytes"])
+                table.add_row(
+                    one["host"], one["url"], _labels(one["labels"]), str(one["images"]), free,
+                    one["seen_at"],
+                )  # fmt: skip
             Console().print(table)
 
     asyncio.run(run())
+
+
+@main.command("policies")
+def policies_command(
+    run: Annotated[str | None, typer.Option(help="Run the policy of this id now.")] = None,
+    url: cli.UrlOption = None,
+    as_json: cli.JsonOption = False,
+) -> None:
+    """What puts images on hosts again and again, and how its last run went."""
+
+    async def show() -> None:
+        async with cli.api(url, default_port=PORT) as api:
+            if run is not None:
+                await api.post(f"/v1/policies/{run}/run")
+            answer = await api.get("/v1/policies", limit=1000)
+            if as_json:
+                _print_json(answer)
+                return
+            table = Table("policy", "name", "lister", "hosts", "last run", "outcome", "next run")
+            for one in answer["policies"]:
+                table.add_row(
+                    one["policy_id"], one["name"], one["lister"], _targets(one),
+                    one["last_run_at"] or "never",
+                    f"{one['last_outcome'] or '-'}: {one['last_detail'] or ''}",
+                    one["next_run_at"],
+                )  # fmt: skip
+            Console().print(table)
+
+    asyncio.run(show())
+
+
+# --- what was asked
+
+
+def _request(
+    image_id: str,
+    hosts: list[str] | None,
+    labels: list[str] | None,
+    percent: int | None,
+    canary: int | None,
+    deadline: str | None,
+    deadline_percent: int,
+    host_limit: float | None,
+    total_limit: float | None,
+    windows: list[str] | None,
+    location: str | None,
+    fetcher: str,
+) -> dict[str, Any]:
+    """The body of a distribution request."""
+    body: dict[str, Any] = {
+        "image_id": image_id,
+        "hosts": hosts or None,
+        "labels": dict(_label(one) for one in labels or []),
+        "percent": percent,
+        "canary_percent": canary,
+        "deadline_at": None if deadline is None else _deadline(deadline),
+        "deadline_percent": deadline_percent,
+        "host_bytes_per_second": _bytes_per_second(host_limit),
+        "total_bytes_per_second": _bytes_per_second(total_limit),
+        "windows": [_window(one) for one in windows or []],
+    }
+    if location is not None or fetcher != "http":
+        body["image"] = {"image_id": image_id, "fetcher": fetcher, "location": location or ""}
+    return body
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not found:
+        raise cli.fail(f"--label {text}: write NAME=VALUE", 2)
+    return name, value
+
+
+def _deadline(text: str) -> str:
+    try:
+        if text.endswith("h"):
+            return (datetime.now(UTC) + timedelta(hours=float(text[:-1]))).isoformat()
+        at = datetime.fromisoformat(text)
+    except (ValueError, OverflowError) as exc:
+        raise cli.fail(f"--deadline {text}: write 2026-12-01T02:00:00Z or 6h", 2) from exc
+    if at.tzinfo is None:
+        raise cli.fail(f"--deadline {text}: add the offset from UTC, as in {text}Z", 2)
+    return at.isoformat()
+
+
+def _bytes_per_second(mbit: float | None) -> int | None:
+    return None if mbit is None else max(1, int(mbit * 1_000_000 / 8))
+
+
+def _window(text: str) -> dict[str, str]:
+    times, _, zone = text.partition("@")
+    start, found, stop = times.partition("-")
+    if not found:
+        raise cli.fail(f"--window {text}: write 22:00-06:00 or 22:00-06:00@Europe/Berlin", 2)
+    return {"start": start, "stop": stop, "time_zone": zone or "UTC"}
+
+
+def _act(url: str | None, method: str, path: str, *, as_json: bool) -> None:
+    async def run() -> None:
+        async with cli.api(url, default_port=PORT) as api:
+            answer = await api.call(method, path)
+            if as_json:
+                _print_json(answer)
+            elif answer is not None:
+                print(f"{answer['distribution_id']} {answer['state']}")
+
+    work: Coroutine[Any, Any, None] = run()
+    asyncio.run(work)
+
+
+# --- what is shown
 
 
 async def _watch(api: client.Api, distribution_id: str, *, as_json: bool) -> None:
@@ -125,6 +331,16 @@ async def _watch(api: client.Api, distribution_id: str, *, as_json: bool) -> Non
             if answer["state"] == "fetching":
                 task = tasks.setdefault("", bars.add_task("fetch", total=size, state=""))
                 bars.update(task, total=size, completed=answer["fetched_bytes"])
+            elif size is not None:
+                hosts = answer["progress"]
+                if "all" not in tasks:
+                    tasks["all"] = bars.add_task("all hosts", total=size * len(hosts), state="")
+                bars.update(
+                    tasks["all"],
+                    total=size * len(hosts),
+                    completed=sum(host["bytes_done"] for host in hosts),
+                    state=_pace(answer),
+                )
             for host in answer["progress"] if size is not None else ():
                 name = host["host"]
                 if name not in tasks:
@@ -139,8 +355,42 @@ async def _watch(api: client.Api, distribution_id: str, *, as_json: bool) -> Non
         raise cli.fail(answer["reason"] or f"{len(bad)} hosts have no image")
 
 
+def _pace(answer: dict[str, Any]) -> str:
+    """How far from the bound it is, and when it will be over."""
+    found = answer["estimate"]
+    if answer["paused_reason"]:
+        return f"paused: {answer['paused_reason']}"
+    if not answer["is_open"]:
+        return "waits for its window"
+    if found is None or found["over_bound"] is None:
+        return ""
+    limit = found["limit"] + (f" ({found['slowest_host']})" if found["slowest_host"] else "")
+    left = f", {found['remaining_seconds']:.0f} s left" if found["remaining_seconds"] else ""
+    return f"{found['over_bound']:.2f}x; the limit is {limit}{left}"
+
+
 def _print_json(document: object) -> None:
     print(json.dumps(document, indent=2))
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    size = "of unknown size" if plan["size_bytes"] is None else _mib(plan["size_bytes"])
+    print(f"{plan['image_id']}, {size}, to {plan['host_count']} hosts")
+    if plan["canary_count"]:
+        print(f"  first to {plan['canary_count']} of them")
+    if plan["bound_seconds"] is not None:
+        slowest = f" ({plan['slowest_host']})" if plan["slowest_host"] else ""
+        print(f"  at best {plan['bound_seconds']:.1f} s; the limit is {plan['limit']}{slowest}")
+    if plan["begins_at"] is None:
+        print("  no window opens in the next 8 days")
+    if plan["is_in_time"] is not None:
+        print(f"  the deadline is {'possible' if plan['is_in_time'] else 'NOT possible'}")
+    for words, names in (
+        ("no agent has spoken for", plan["unknown_hosts"]),
+        ("no room on", plan["full_hosts"]),
+    ):
+        if names:
+            print(f"  {words}: {', '.join(names)}")
 
 
 def _print_list(distributions: list[dict[str, Any]]) -> None:
@@ -167,6 +417,18 @@ def _print_hosts(answer: dict[str, Any]) -> None:
         f"{answer['image_id']}: {answer['state']}; sent by the seed"
         f" {_mib(answer['seed_sent_bytes'])}, by peers {_mib(answer['peers_sent_bytes'])}"
     )
+    if pace := _pace(answer):
+        print(pace)
+
+
+def _targets(policy: dict[str, Any]) -> str:
+    if policy["hosts"] is not None:
+        return ", ".join(policy["hosts"])
+    return _labels(policy["labels"]) or "all"
+
+
+def _labels(labels: dict[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(labels.items()))
 
 
 def _mib(count: int) -> str:

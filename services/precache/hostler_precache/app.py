@@ -10,6 +10,7 @@ import aiohttp
 from aiohttp import web
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.staticfiles import StaticFiles
 
 from hostler_common import http, quarantine, runtime, service
 from hostler_common.health import Health
@@ -46,11 +47,12 @@ def http_app(
     registry: CollectorRegistry | None = None,
 ) -> FastAPI:
     """The HTTP application; without a state it can only be described, not served."""
-    return http.create_app(
+    made = http.create_app(
         settings,
         title="hostler precache",
         package=PACKAGE,
         routers=[
+            agent_api.direct_router,  # asked thousands of times a second: found first
             api.router,
             distributions_api.router,
             policies_api.router,
@@ -62,6 +64,8 @@ def http_app(
         health=health,
         registry=registry,
     )
+    made.mount("/static/precache", StaticFiles(packages=[(PACKAGE, "static")]))
+    return made
 
 
 async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> None:

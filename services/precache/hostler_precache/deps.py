@@ -7,7 +7,6 @@ from fastapi import Query
 from hostler_common import http
 from hostler_precache.distribution_store import DistributionStore
 from hostler_precache.policy_store import PolicyStore
-from hostler_precache.reports import Reports
 from hostler_precache.settings import Settings
 from hostler_precache.store import Store
 from hostler_precache.swarm_store import SwarmStore
@@ -18,6 +17,5 @@ DistributionsDep = Annotated[DistributionStore, http.state("distributions")]
 SwarmsDep = Annotated[SwarmStore, http.state("swarms")]
 PoliciesDep = Annotated[PolicyStore, http.state("policies")]
 TrackerDep = Annotated[Tracker, http.state("tracker")]
-ReportsDep = Annotated[Reports, http.state("reports")]
 SettingsDep = Annotated[Settings, http.state("settings")]
 Limit = Annotated[int, Query(ge=1, le=1000)]

@@ -411,7 +411,10 @@ async def show_distribution(
 async def watch_distribution(
     distribution_id: UUID, distributions: DistributionsDep, settings: SettingsDep
 ) -> StreamingResponse:
-    """The distribution each time it changes, as server-sent events, until it is over."""
+    """The distribution each time it changes, as server-sent events, until it is over.
+
+    The first `progress` event has every host, each later one those that have changed since.
+    """
     await distributions.distribution(distribution_id)  # 404 before the stream begins
     return StreamingResponse(
         _events(distributions, distribution_id, settings), media_type="text/event-stream"
@@ -421,14 +424,17 @@ async def watch_distribution(
 async def _events(
     distributions: DistributionStore, distribution_id: UUID, settings: Settings
 ) -> AsyncIterator[str]:
-    told = ""
+    told_view, told_hosts = "", dict[str, HostProgressView]()
     while True:
         record = await distributions.distribution(distribution_id)
         current = detail(record, await distributions.progress(distribution_id), settings)
         # what only the clock changes is no news
-        news = current.model_dump_json(exclude={"estimate"})
-        if news != told:
-            told = news
+        view = current.model_dump_json(exclude={"estimate", "progress"})
+        news = [host for host in current.progress if told_hosts.get(host.host) != host]
+        if news or view != told_view:
+            told_view = view
+            told_hosts |= {host.host: host for host in news}
+            current.progress = news
             yield f"event: progress\ndata: {current.model_dump_json()}\n\n"
         if record.state.is_over:
             yield f"event: end\ndata: {json.dumps({'state': record.state.value})}\n\n"

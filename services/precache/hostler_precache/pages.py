@@ -1,4 +1,4 @@
-"""The service's page: distributions and how far each host is, hosts, policies."""
+"""The service's pages: distributions and how far each host is, hosts, policies."""
 
 from uuid import UUID
 
@@ -7,9 +7,13 @@ from fastapi.responses import HTMLResponse
 
 from hostler_common import auth
 from hostler_common.pages import Pages
-from hostler_precache.deps import DistributionsDep, PoliciesDep, SwarmsDep
+from hostler_precache import distributions_api
+from hostler_precache.deps import DistributionsDep, PoliciesDep, SettingsDep, SwarmsDep
+from hostler_precache.distributions import Distribution, HostProgress
 
 ROWS_SHOWN = 50
+HOSTS_SHOWN = 500
+_ORDER = ("error", "transferring", "waiting")
 
 router = APIRouter(include_in_schema=False)
 pages = Pages("hostler_precache")
@@ -31,12 +35,34 @@ async def overview(
 
 @router.get("/distributions/{distribution_id}", dependencies=[auth.require(auth.Role.READER)])
 async def distribution(
-    request: Request, distribution_id: UUID, records: DistributionsDep
+    request: Request, distribution_id: UUID, records: DistributionsDep, settings: SettingsDep
 ) -> HTMLResponse:
-    """One distribution, host by host."""
+    """One distribution, host by host, kept current by its events."""
+    record = await records.distribution(distribution_id)
+    hosts = await records.progress(distribution_id)
+    found = distributions_api.detail(record, hosts, settings).estimate
     return pages.render(
         request,
         "distribution.html",
-        distribution=await records.distribution(distribution_id),
-        hosts=await records.progress(distribution_id),
+        distribution=record,
+        estimate=found,
+        pace=_pace(record, found),
+        hosts=sorted(hosts, key=_urgency)[:HOSTS_SHOWN],
+        host_count=len(hosts),
+        rows_shown=HOSTS_SHOWN,
     )
+
+
+def _urgency(host: HostProgress) -> tuple[int, str]:
+    return _ORDER.index(host.state) if host.state in _ORDER else len(_ORDER), host.host
+
+
+def _pace(record: Distribution, found: distributions_api.EstimateView | None) -> str:
+    if record.paused_reason is not None:
+        return f"paused: {record.paused_reason}"
+    if not record.is_open:
+        return "waits for its window"
+    if found is None or found.over_bound is None:
+        return "-"
+    host = f" ({found.slowest_host})" if found.slowest_host else ""
+    return f"{found.over_bound:.2f}x; the limit is {found.limit}{host}"

@@ -143,7 +143,8 @@ class _Swarm:
             return []
         rack = self._graph.rack(host)
         return [
-            protocol.Neighbour(
+            # what hosts said of themselves was checked when they said it
+            protocol.Neighbour.model_construct(
                 host=other, url=self._urls[other], in_rack=self._graph.rack(other) == rack
             )
             for other in self._graph.neighbours(host)
@@ -199,7 +200,7 @@ class Tracker:
         """Whom a host is to ask for a blob, and how fast."""
         known = await self._known(blob_id)
         assert known.record is not None
-        return protocol.Swarm(
+        return protocol.Swarm.model_construct(
             seeds=list(known.record.seeds),
             neighbours=known.neighbours(host, banned=banned),
             limit_bytes_per_second=known.limit_bytes_per_second(host),

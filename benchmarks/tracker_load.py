@@ -1,0 +1,252 @@
+"""Ten thousand hosts that report every five seconds to one tracker process: how long it takes to answer.
+
+Each host has a connection of its own, as an agent has, and its reports say each time that it has more of the image,
+so every one is written and committed before it is answered. The hosts are told to get one image and never get it.
+What is measured is the time from the last byte of a request to the last byte of its answer, at the client.
+"""
+
+import asyncio
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import bench
+from hostler_common import client, db
+from hostler_precache import testing
+
+PIECES = 1024
+CONNECT_AT_ONCE = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackerLoad:
+    """What was measured."""
+
+    hosts: int
+    reports: int
+    seconds: float
+    p50_ms: float
+    p99_ms: float
+    worst_ms: float
+    failed: int
+    cpu_us_a_report: float
+    database_cpu_us_a_report: float
+
+    @property
+    def reports_per_second(self) -> float:
+        """Those that were answered."""
+        return self.reports / self.seconds
+
+
+class _Host(asyncio.Protocol):
+    """One agent's connection: a request at a time."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._answered: asyncio.Future[bytes] | None = None
+        self._received = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, found, body = bytes(self._received).partition(b"\r\n\r\n")
+        if not found:
+            return
+        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0] or 0)
+        if len(body) >= length and self._answered is not None and not self._answered.done():
+            self._received.clear()
+            self._answered.set_result(head.split(b"\r\n", 1)[0])
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_exception(exc or ConnectionResetError("closed"))
+        self._transport = None
+
+    async def ask(self, request: bytes) -> bytes:
+        """The status line of the answer."""
+        if self._transport is None:
+            raise ConnectionResetError("closed")
+        self._answered = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._answered
+
+
+@dataclass(slots=True)
+class _Run:
+    """The hosts, and what they have seen."""
+
+    address: tuple[str, int]
+    every_seconds: float
+    latencies_ms: list[float] = field(default_factory=list)
+    failed: int = 0
+    is_counting: bool = False
+
+    async def host(
+        self, name: str, keys: dict[str, str], gate: asyncio.Semaphore, at: float
+    ) -> None:
+        """One host, for as long as it is let: it reports, and again after so many seconds."""
+        loop = asyncio.get_running_loop()
+        session = str(uuid.uuid4())
+        link = _Host()
+        async with gate:
+            await loop.create_connection(lambda: link, *self.address)
+        pieces = 0
+        while True:
+            await asyncio.sleep(max(0.0, at - loop.time()))
+            at += self.every_seconds
+            pieces = (pieces + 3) % PIECES
+            request = _request(name, session, keys, pieces)
+            started = time.perf_counter()
+            try:
+                status = await link.ask(request)
+            except OSError:
+                status = b""
+                link = _Host()
+                await loop.create_connection(lambda link=link: link, *self.address)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+            if not self.is_counting:
+                continue
+            if b" 200 " in status:
+                self.latencies_ms.append((time.perf_counter() - started) * 1000)
+            else:
+                self.failed += 1
+
+
+def _request(name: str, session: str, keys: dict[str, str], pieces: int) -> bytes:
+    filled = pieces * 64 // PIECES
+    body = json.dumps(
+        {
+            "url": f"http://{name}:8310",
+            "session_id": session,
+            "free_bytes": 1 << 40,
+            "labels": {"rack": f"r{hash(name) % 500}"},
+            "blobs": [
+                {
+                    **keys,
+                    "state": "transferring",
+                    "pieces_done": pieces,
+                    "bytes_done": pieces << 20,
+                    "bytes_from_peers": pieces << 20,
+                    "bytes_from_rack": pieces << 19,
+                    "sent_bytes": {keys["distribution_id"]: pieces << 20},
+                    "coverage": "f" * filled + "0" * (64 - filled),
+                }
+            ],
+        }
+    ).encode()
+    head = (
+        f"PUT /v1/hosts/{name}/report HTTP/1.1\r\nHost: precache\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def measure(
+    stage: bench.Stage, *, hosts: int = 10_000, every_seconds: float = 5.0, seconds: float = 30.0
+) -> TrackerLoad:
+    """One tracker process under that load, after a first round in which every host makes itself known."""
+    database_url, amqp_url = await stage.new_database(), stage.new_vhost()
+    await db.migrate(database_url, schema="precache", package="hostler_precache")
+    directory = stage.new_directory()
+    directory.mkdir()
+    source = directory / "source"
+    source.write_bytes(testing.image_of(PIECES << 10))
+    async with testing.service_process(
+        directory / "seed",
+        amqp_url=amqp_url,
+        database_url=database_url,
+        settings={"file_roots": str(directory), "log_level": "WARNING"},
+    ) as service:
+        parts = urlsplit(service.url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        run = _Run(address=(parts.hostname, parts.port), every_seconds=every_seconds)
+        names = [f"host-{number:05}" for number in range(hosts)]
+        async with client.open_api(service.url) as api, asyncio.TaskGroup() as group:
+            keys = await _distribution(api, source, names)
+            gate = asyncio.Semaphore(CONNECT_AT_ONCE)
+            loop = asyncio.get_running_loop()
+            first = loop.time() + 1.0
+            tasks = [
+                group.create_task(
+                    run.host(name, keys, gate, first + every_seconds * number / hosts)
+                )
+                for number, name in enumerate(names)
+            ]
+            await asyncio.sleep(1.0 + 2 * every_seconds)
+            run.is_counting = True
+            used, began = _cpu(stage, service.process.pid), time.perf_counter()
+            await asyncio.sleep(seconds)
+            run.is_counting = False
+            took = time.perf_counter() - began
+            spent = [b - a for a, b in zip(used, _cpu(stage, service.process.pid), strict=True)]
+            for task in tasks:
+                task.cancel()
+    found = sorted(run.latencies_ms)
+    if not found:
+        raise RuntimeError("no report was answered")
+    return TrackerLoad(
+        hosts=hosts,
+        reports=len(found),
+        seconds=took,
+        p50_ms=_quantile(found, 0.5),
+        p99_ms=_quantile(found, 0.99),
+        worst_ms=found[-1],
+        failed=run.failed,
+        cpu_us_a_report=spent[0] * 1e6 / len(found),
+        database_cpu_us_a_report=spent[1] * 1e6 / len(found),
+    )
+
+
+async def _distribution(api: client.Api, source: Path, names: list[str]) -> dict[str, str]:
+    image_id = str(uuid.uuid4())
+    made: dict[str, Any] = await api.post(
+        "/v1/distributions",
+        {
+            "image_id": image_id,
+            "image": {"image_id": image_id, "fetcher": "file", "location": str(source)},
+            "hosts": names,
+        },
+    )
+    while True:
+        images = await api.get(f"/v1/images/{image_id}")
+        if images["state"] == "ready":
+            return {"distribution_id": made["distribution_id"], "blob_id": images["blob_id"]}
+        if images["state"] == "error":
+            raise RuntimeError(f"the image was not fetched: {images['reason']}")
+        await asyncio.sleep(0.1)
+
+
+def _cpu(stage: bench.Stage, pid: int) -> tuple[float, float]:
+    postgres = stage.postgres.process
+    assert postgres is not None
+    database = [postgres.pid, *bench.descendants(postgres.pid)]
+    return bench.cpu_seconds(pid), sum(bench.cpu_seconds(one) for one in database)
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, math.ceil(len(ordered) * share) - 1)]
+
+
+def main() -> None:
+    """The load on its own."""
+    say: Callable[..., None] = bench.say
+    with bench.stage() as stage:
+        found = asyncio.run(measure(stage))
+    say(f"{found.hosts} hosts, {found.reports_per_second:.0f} reports/s, {found.failed} failed")
+    say(f"p50 {found.p50_ms:.1f} ms, p99 {found.p99_ms:.1f} ms, worst {found.worst_ms:.1f} ms")
+    say(
+        f"CPU a report: service {found.cpu_us_a_report:.0f} us, database {found.database_cpu_us_a_report:.0f} us"
+    )
+
+
+if __name__ == "__main__":
+    main()
