@@ -259,6 +259,8 @@ def verifier(settings: Settings) -> Verifier:
         key = settings.jwt_key_file.read_text() if settings.jwt_key_file else None
     except OSError as exc:
         raise SettingsError(f"jwt_key_file cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise SettingsError("jwt_key_file is not PEM: it is no text at all") from exc
     return JwtVerifier(
         issuer=settings.jwt_issuer,
         audience=settings.jwt_audience,

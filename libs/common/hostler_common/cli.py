@@ -164,6 +164,8 @@ async def api(url: str | None, *, default_port: int) -> AsyncIterator[client.Api
                 token = opened.read().strip()
         async with client.open_api(address, token=token) as opened_api:
             yield opened_api
+    except UnicodeDecodeError as exc:
+        raise fail(f"{file}: is not text") from exc
     except (errors.HostlerError, OSError) as exc:
         raise fail(
             f"{exc}" + (f" ({exc.code})" if isinstance(exc, errors.HostlerError) else "")

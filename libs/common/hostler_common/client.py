@@ -98,9 +98,19 @@ def _is_json(response: httpx.Response) -> bool:
 async def open_api(
     url: str, *, token: str | None = None, timeout_seconds: float = 30.0
 ) -> AsyncIterator[Api]:
-    """An API at an address, called with a token; its connections are closed on leaving."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    async with httpx.AsyncClient(
-        base_url=url, headers=headers, timeout=timeout_seconds, trust_env=False
-    ) as http:
+    """An API at an address, called with a token; its connections are closed on leaving.
+
+    Raises:
+        Invalid: the address is none, or the token could not be a header.
+    """
+    try:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        made = httpx.AsyncClient(
+            base_url=url, headers=headers, timeout=timeout_seconds, trust_env=False
+        )
+    except httpx.InvalidURL as exc:
+        raise errors.Invalid(f"{url!r} is not an address: {exc}") from exc
+    except UnicodeEncodeError as exc:
+        raise errors.Invalid("the token has characters that no token has") from exc
+    async with made as http:
         yield Api(http)

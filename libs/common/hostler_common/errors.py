@@ -17,6 +17,18 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import ClassVar
 
+_ADVICE: Mapping[int, str] = {
+    401: "Sign in with a token that this service knows.",
+    403: "Sign in with a token that may do this, or ask whoever gave you yours for one.",
+    404: "Check the address. What it named may be gone, or be of projects that your token may not see.",
+    405: "Use the buttons and links of the pages, or the API.",
+    409: "Look at it again, as it is by now, and then decide.",
+    413: "Send less at once.",
+    422: "Change what the message names, and ask again.",
+    429: "Wait a moment, and ask again.",
+    503: "Wait a moment, and load this page again: a server that this one needs is away.",
+}
+
 
 class HostlerError(Exception):
     """Root of the tree. ``fields`` are further members of the problem document: no secrets, no SQL."""
@@ -34,6 +46,15 @@ class HostlerError(Exception):
     def title(self) -> str:
         """The HTTP status in words."""
         return HTTPStatus(self.status).phrase
+
+    @property
+    def advice(self) -> str:
+        """What somebody who meets the error in a browser can do."""
+        if self.status in _ADVICE:
+            return _ADVICE[self.status]
+        if self.status < 500:
+            return "Go back, and ask for something else."
+        return "Tell whoever runs this service: its log has more under the request named here."
 
     def problem(self) -> dict[str, object]:
         """The error as an RFC 9457 document, without the request's own members."""

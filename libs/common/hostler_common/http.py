@@ -1,7 +1,8 @@
 """The HTTP side of a service: one function assembles what every service has around its own routers.
 
 Probes, metrics, version, sign-in and the quarantine page come with it; every other route must say who may use it, or
-`create_app` refuses. Errors of any kind leave as RFC 9457 problem documents with a stable ``code``.
+`create_app` refuses. Errors of any kind leave as RFC 9457 problem documents with a stable ``code``; on a page, in a
+browser, as a page that says the same.
 """
 
 import importlib.metadata
@@ -51,7 +52,8 @@ class BodyTooLarge(errors.HostlerError):
 def state(name: str) -> Any:  # noqa: ANN401  what fastapi.Depends returns
     """The dependency that gives a handler the resource ``name`` of its app's state."""
 
-    def resource(request: Request) -> Any:  # noqa: ANN401  typed by the alias that uses it
+    # a coroutine, since FastAPI runs a plain function in a thread: two switches a request and resource
+    async def resource(request: Request) -> Any:  # noqa: ANN401  typed by the alias that uses it
         return getattr(request.state, name)
 
     return Depends(resource)
@@ -99,6 +101,7 @@ def create_app(
         },
     )
     app.state.verifier = auth.verifier(settings)
+    app.state.pages = Pages(package)
     for router in routers:
         app.include_router(router)
     app.include_router(_service_router(app, package, health or Health(), registry, version))
@@ -234,18 +237,32 @@ def _quarantine_page(package: str) -> APIRouter:
 
 
 def problem(request: Request, error: errors.HostlerError) -> Response:
-    """The error as the answer to the request: a problem document, or where a page needs a sign-in, the way to it."""
+    """The error as the answer to the request: a problem document, or for a browser on one of the pages a page.
+
+    Where a page needs a sign-in, the way to it.
+    """
     wants_page = "text/html" in request.headers.get("accept", "")
+    target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    sign_in = f"/login?next={quote(target if request.method == 'GET' else '/', safe='/')}"
     if isinstance(error, errors.Unauthenticated) and wants_page and request.method == "GET":
-        target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        return RedirectResponse(f"/login?next={quote(target, safe='/')}", status_code=303)
+        return RedirectResponse(sign_in, status_code=303)
     headers = {}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="hostler", Basic realm="hostler"'
+    request_id = getattr(request.state, "request_id", "")
+    # everything outside the API and the probes is for eyes, also what there is not
+    if wants_page and not request.url.path.startswith(("/v1/", *UNLOGGED)):
+        pages: Pages = request.app.state.pages
+        page = pages.render(
+            request, "problem.html", error=error, request_id=request_id, sign_in=sign_in
+        )
+        page.status_code = error.status
+        page.headers.update(headers)
+        return page
     return JSONResponse(
-        {**error.problem(), "instance": getattr(request.state, "request_id", "")},
+        {**error.problem(), "instance": request_id},
         status_code=error.status,
         headers=headers,
         media_type="application/problem+json",

@@ -189,3 +189,5 @@ def read_token(settings: ProcessSettings) -> str | None:
         raise SettingsError(
             f"HOSTLER_TOKEN_FILE: {os.strerror(exc.errno or 0)}: {settings.token_file}"
         ) from exc
+    except UnicodeDecodeError as exc:
+        raise SettingsError(f"HOSTLER_TOKEN_FILE: is not text: {settings.token_file}") from exc

@@ -115,7 +115,8 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         process.every(1.0, rollouts.advance, name="rollouts")
         process.every(1.0, pipeline.run_policies, name="policies")
         process.every(60.0, pipeline.retire, name="retire")
-        process.every(0.5, pipeline.count, name="count")
+        process.every(0.5, pipeline.tell_sent, name="tell_sent")
+        process.every(10.0, pipeline.count, name="count")
         process.every(FORGET_SECONDS, pipeline.forget_old_keys, name="forget_old_keys")
         state = {
             "store": store,

@@ -92,11 +92,16 @@ class Pipeline:
             log.info("policy_ran", policy=policy.name, outcome=outcome, detail=detail)
             await self._policies.policy_ran(policy.policy_id, outcome=outcome, detail=detail)
 
-    async def count(self) -> None:
-        """What this seed sent is stored, and the gauges are current."""
+    async def tell_sent(self) -> None:
+        """What this seed sent is stored."""
         sent = self._seed.sent_bytes()
         if sent:
             await self._swarms.seed_sent(self._seed.name, self._seed.session_id, sent)
+
+    async def count(self) -> None:
+        """The gauges are current."""
+        for source, count in (await self._swarms.moved_bytes()).items():
+            self._metrics.moved_bytes.labels(source).set(count)
         states = await self._distributions.count_states()
         for state in DistributionState:
             self._metrics.distributions.labels(state.value).set(states.get(state.value, 0))

@@ -19,6 +19,12 @@ class Metrics:
         self.seed_sent_bytes = Counter(
             "precache_seed_sent_bytes", "Bytes of pieces sent by this seed.", registry=registry
         )
+        self.moved_bytes = Gauge(
+            "precache_moved_bytes",
+            "Bytes of pieces that hosts have received, by source (seed, rack, outside, wasted).",
+            ["source"],
+            registry=registry,
+        )
         self.distributions = Gauge(
             "precache_distributions", "Distributions, by state.", ["state"], registry=registry
         )
@@ -42,4 +48,21 @@ class AgentMetrics:
         )
         self.images = Gauge(
             "precache_agent_images", "Images wanted here, by state.", ["state"], registry=registry
+        )
+        self.held_bytes = Gauge(
+            "precache_agent_held_bytes", "Bytes of images placed here.", registry=registry
+        )
+        self.removed = Counter(
+            "precache_agent_removed_images",
+            "Images removed from their place, by reason (unwanted, evicted).",
+            ["reason"],
+            registry=registry,
+        )
+        self.scrubbed_bytes = Counter(
+            "precache_agent_scrubbed_bytes", "Bytes read again to check them.", registry=registry
+        )
+        self.damaged_pieces = Counter(
+            "precache_agent_damaged_pieces",
+            "Pieces of placed files that were found damaged.",
+            registry=registry,
         )

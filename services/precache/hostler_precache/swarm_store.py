@@ -334,6 +334,20 @@ class SwarmStore:
                 is_seed=True,
             )
 
+    async def moved_bytes(self) -> dict[str, int]:
+        """What all hosts have received for the distributions that there are, by source."""
+        async with db.connection(self._pool) as connection:
+            row = await connection.fetchrow(
+                "SELECT coalesce(sum(received_from_seed_bytes), 0)::bigint AS seed,"
+                "   coalesce(sum(received_from_rack_bytes), 0)::bigint AS rack,"
+                "   coalesce(sum(received_from_peers_bytes - received_from_rack_bytes), 0)::bigint"
+                "     AS outside,"
+                "   coalesce(sum(wasted_bytes), 0)::bigint AS wasted"
+                " FROM transfer WHERE NOT is_seed"
+            )
+        assert row is not None
+        return dict(row)
+
     # --- swarms
 
     async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
