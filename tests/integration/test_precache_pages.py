@@ -11,10 +11,10 @@ from typing import Any
 import pytest_asyncio
 
 from hostler_common import servers, testing
+from hostler_common.browser_testing import OpenTab, open_browser
 from hostler_precache import app
 from hostler_precache import testing as precache_testing
 from hostler_precache.settings import Settings
-from hostler_usage.browser_testing import OpenTab, open_browser
 
 MIB = 1 << 20
 PIXEL = """(() => {

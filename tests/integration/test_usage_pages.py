@@ -1,36 +1,27 @@
 """The pages of usage in a real browser: charts are drawn from their tables, and buttons do what they say.
 
-Debian's headless Chromium is told what to do over its DevTools protocol. A page that breaks its own
-content security policy, or whose script fails, fails the test that looked at it.
+A page that breaks its own content security policy, or whose script fails, fails the test that looked at it.
 """
 
-import asyncio
-import base64
-import contextlib
-import itertools
-import json
-import os
-import shutil
-import signal
-import struct
-import tempfile
-import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import aio_pika
-import aiohttp
 import pytest
 import pytest_asyncio
 
 from hostler_common import auth, client
+from hostler_common.browser_testing import (
+    COLOURS,
+    COLUMNS,
+    OpenTab,
+    open_browser,
+    pixels,
+    sign_in,
+)
 from hostler_common.testing import RunningService, RunService, eventually
-from hostler_usage import app
-from hostler_usage.settings import Settings
+from hostler_usage.service_testing import RunUsage, runner, send
 from hostler_usage.testing import (
     LARGE,
     MEDIUM,
@@ -42,166 +33,10 @@ from hostler_usage.testing import (
     VolumeStep,
 )
 
-CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser")
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 NOW = datetime.now(UTC).replace(microsecond=0)
 PROJECTS = ("analytics", "webshop", "research")
-
-
-# --- the browser
-
-
-@dataclass(slots=True)
-class Tab:
-    """A tab of the browser. `complaints` are errors of scripts and of the security policy."""
-
-    socket: aiohttp.ClientWebSocketResponse
-    complaints: list[str] = field(default_factory=list)
-    dialogs: list[str] = field(default_factory=list)
-    answers_dialogs: bool = True
-    _serial: "itertools.count[int]" = field(default_factory=itertools.count)
-    _answers: dict[int, "asyncio.Future[dict[str, Any]]"] = field(default_factory=dict)
-    _loaded: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def listen(self) -> None:
-        async for message in self.socket:
-            said = json.loads(message.data)
-            if said.get("id") in self._answers:
-                self._answers.pop(said["id"]).set_result(said)
-            match said.get("method"):
-                case "Page.loadEventFired":
-                    self._loaded.set()
-                case "Page.javascriptDialogOpening":
-                    self.dialogs.append(said["params"]["message"])
-                    answer = {"accept": self.answers_dialogs}
-                    # its answer is nobody's: this is the only reader
-                    await self._send("Page.handleJavaScriptDialog", answer)
-                case "Runtime.exceptionThrown":
-                    self.complaints.append(json.dumps(said["params"]))
-                case "Log.entryAdded" if said["params"]["entry"]["level"] == "error":
-                    self.complaints.append(json.dumps(said["params"]))
-
-    async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        number = next(self._serial)
-        answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        await self._send(method, params, number)
-        said = await answer
-        assert "error" not in said, said
-        result: dict[str, Any] = said["result"]
-        return result
-
-    async def _send(self, method: str, params: dict[str, Any], number: int | None = None) -> None:
-        number = next(self._serial) if number is None else number
-        await self.socket.send_json({"id": number, "method": method, "params": params})
-
-    async def evaluate(self, expression: str) -> Any:
-        said = await self.call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
-        assert "exceptionDetails" not in said, said
-        return said["result"].get("value")
-
-    async def go(self, url: str) -> None:
-        """Open a page, and wait until it is loaded and painted."""
-        self._loaded.clear()
-        await self.call("Page.navigate", url=url)
-        await self._settle()
-
-    async def act(self, expression: str) -> None:
-        """Do something on the page that leads to another one."""
-        self._loaded.clear()
-        await self.evaluate(expression)
-        await self._settle()
-
-    async def _settle(self) -> None:
-        await self._loaded.wait()
-        await self.call("Page.captureScreenshot")  # painted, with scripts or without
-
-    async def text(self) -> str:
-        return str(await self.evaluate("document.body.innerText"))
-
-    async def picture(self) -> bytes:
-        """The whole page as a PNG."""
-        size = (await self.call("Page.getLayoutMetrics"))["cssContentSize"]
-        said = await self.call(
-            "Page.captureScreenshot", captureBeyondViewport=True, clip={**size, "scale": 1}
-        )
-        return base64.b64decode(said["data"])
-
-
-@asynccontextmanager
-async def open_browser(directory: Path) -> AsyncIterator[Callable[..., Any]]:
-    """`async with browser(dark=..., scripts=...) as tab`; the browser ends with the test."""
-    program = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
-    assert program, "no Chromium: run scripts/bootstrap test"
-    process = await asyncio.create_subprocess_exec(
-        program,
-        "--headless",
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--hide-scrollbars",
-        "--window-size=1320,900",
-        "--remote-debugging-port=0",
-        f"--user-data-dir={directory}",
-        "about:blank",
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={**os.environ, "HOME": str(directory)},
-        start_new_session=True,  # the program may be a script around it: they end together
-    )
-    try:
-
-        async def port() -> str | None:
-            assert process.returncode is None, "the browser ended at once"
-            found = directory / "DevToolsActivePort"
-            return found.read_text().split("\n")[0] if found.exists() else None
-
-        address = f"http://127.0.0.1:{await eventually(port)}"
-        async with aiohttp.ClientSession() as session:
-
-            @asynccontextmanager
-            async def open_tab(*, dark: bool = False, scripts: bool = True) -> AsyncIterator[Tab]:
-                async with session.put(f"{address}/json/new?about:blank") as answer:
-                    target = await answer.json()
-                async with session.ws_connect(
-                    target["webSocketDebuggerUrl"], max_msg_size=0
-                ) as socket:
-                    tab = Tab(socket)
-                    listening = asyncio.create_task(tab.listen())
-                    for domain in ("Page", "Runtime", "Log"):
-                        await tab.call(f"{domain}.enable")
-                    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-                    await tab.call("Emulation.setEmulatedMedia", features=[scheme])
-                    if not scripts:
-                        await tab.call("Emulation.setScriptExecutionDisabled", value=True)
-                    yield tab
-                    assert tab.complaints == []
-                await listening
-
-            yield open_tab
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-def pixels(png: bytes) -> tuple[int, int, list[bytes]]:
-    """Width, height and rows of a PNG of 8 bits a channel, without alpha or with it."""
-    width, height, depth, kind = struct.unpack(">IIBB", png[16:26])
-    assert (depth, kind) in {(8, 2), (8, 6)}
-    data, at = b"", 8
-    while at < len(png):
-        (length,) = struct.unpack(">I", png[at : at + 4])
-        if png[at + 4 : at + 8] == b"IDAT":
-            data += png[at + 8 : at + 8 + length]
-        at += length + 12
-    raw = zlib.decompress(data)
-    size = 3 if kind == 2 else 4
-    stride = width * size + 1
-    return width, height, [raw[n * stride : (n + 1) * stride] for n in range(height)]
 
 
 # --- the cloud
@@ -263,35 +98,16 @@ FAILED = Message(
     },
 )
 
-RunUsage = Callable[..., AbstractAsyncContextManager[RunningService]]
-
 
 @pytest.fixture
 def run_usage(run_service: RunService) -> RunUsage:
-    def run(**settings: Any) -> AbstractAsyncContextManager[RunningService]:
-        values = {"fold_seconds": 0.05, "batch_seconds": 0.02, "log_level": "WARNING", **settings}
-        return run_service(app.serve, Settings, app.PACKAGE, **values)
-
-    return run
+    return runner(run_service)
 
 
 @pytest_asyncio.fixture
-async def browser() -> AsyncIterator[Callable[..., Any]]:
-    with tempfile.TemporaryDirectory(
-        prefix="hostler-browser-", ignore_cleanup_errors=True
-    ) as name:
-        async with open_browser(Path(name)) as opened:
-            yield opened
-
-
-async def send(url: str, bodies: Sequence[bytes]) -> None:
-    async with await aio_pika.connect(url) as connection:
-        channel = await connection.channel(publisher_confirms=True)
-        nova = await channel.get_exchange("nova")
-        for body in bodies:
-            await nova.publish(
-                aio_pika.Message(body, content_type="application/json"), "notifications.info"
-            )
+async def browser() -> AsyncIterator[OpenTab]:
+    async with open_browser() as opened:
+        yield opened
 
 
 async def folded(api: client.Api, events: int) -> None:
@@ -316,25 +132,6 @@ async def folded(api: client.Api, events: int) -> None:
 
 
 INSTANCE = "00000000-0000-4000-8000-000000000001"
-COLOURS = """[...document.querySelectorAll("canvas")].map(canvas => {
-  const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-  const seen = {};
-  for (let at = 0; at < data.length; at += 4)
-    if (data[at + 3] === 255) {
-      const name = "#" + [0, 1, 2].map(n => data[at + n].toString(16).padStart(2, "0")).join("");
-      seen[name] = (seen[name] || 0) + 1;
-    }
-  return seen;
-})"""
-"""How many pixels of each colour each chart has."""
-COLUMNS = """Object.fromEntries([...document.querySelectorAll("table.drawn thead th")].slice(1)
-  .map((head, n) => [head.textContent, {
-    colour: getComputedStyle(document.documentElement)
-      .getPropertyValue("--series-" + (head.dataset.colour || n + 1)).trim(),
-    sum: [...document.querySelectorAll("table.drawn tbody tr")]
-      .reduce((sum, row) => sum + Number(row.cells[n + 1].dataset.value), 0),
-  }]))"""
-"""The columns of the page's chart's table: their colours, and what they add up to."""
 
 
 async def fold_all(service: RunningService, amqp_url: str) -> None:
@@ -344,7 +141,7 @@ async def fold_all(service: RunningService, amqp_url: str) -> None:
 
 
 async def test_bars_are_as_large_as_the_numbers_in_the_table(
-    run_usage: RunUsage, amqp_url: str, browser: Callable[..., Any]
+    run_usage: RunUsage, amqp_url: str, browser: OpenTab
 ) -> None:
     async with run_usage() as service:
         await fold_all(service, amqp_url)
@@ -375,7 +172,7 @@ async def test_bars_are_as_large_as_the_numbers_in_the_table(
 
 
 async def test_every_chart_has_its_table_and_every_page_keeps_its_security_policy(
-    run_usage: RunUsage, amqp_url: str, browser: Callable[..., Any]
+    run_usage: RunUsage, amqp_url: str, browser: OpenTab
 ) -> None:
     async with run_usage() as service:
         await fold_all(service, amqp_url)
@@ -408,7 +205,7 @@ async def test_every_chart_has_its_table_and_every_page_keeps_its_security_polic
 
 
 async def test_a_resources_intervals_are_drawn_to_scale_and_its_events_lead_to_their_messages(
-    run_usage: RunUsage, amqp_url: str, browser: Callable[..., Any]
+    run_usage: RunUsage, amqp_url: str, browser: OpenTab
 ) -> None:
     async with run_usage() as service:
         await fold_all(service, amqp_url)
@@ -457,7 +254,7 @@ async def test_a_resources_intervals_are_drawn_to_scale_and_its_events_lead_to_t
 
 
 async def test_without_scripts_the_tables_are_open_and_the_timeline_is_drawn(
-    run_usage: RunUsage, amqp_url: str, browser: Callable[..., Any]
+    run_usage: RunUsage, amqp_url: str, browser: OpenTab
 ) -> None:
     async with run_usage() as service:
         await fold_all(service, amqp_url)
@@ -479,7 +276,7 @@ async def test_without_scripts_the_tables_are_open_and_the_timeline_is_drawn(
 
 
 async def test_an_operator_signs_in_and_replays_and_discards_by_the_buttons(
-    run_usage: RunUsage, amqp_url: str, tmp_path: Path, browser: Callable[..., Any]
+    run_usage: RunUsage, amqp_url: str, tmp_path: Path, browser: OpenTab
 ) -> None:
     tokens = tmp_path / "tokens"
     issued = {
@@ -510,7 +307,7 @@ async def test_an_operator_signs_in_and_replays_and_discards_by_the_buttons(
         first, second = await eventually(both)
 
         async with browser() as tab:
-            await _sign_in(tab, f"{service.url}/quarantine", secrets["operator"])
+            await sign_in(tab, f"{service.url}/quarantine", secrets["operator"])
             text = await tab.text()
             assert "usage.notification.not_json" in text
             assert "Discard" not in text  # that is for admins, as in the API
@@ -527,7 +324,7 @@ async def test_an_operator_signs_in_and_replays_and_discards_by_the_buttons(
             assert again["code"] == first["code"]  # still not JSON
             assert again["queue"] == first["queue"]
 
-            await _sign_in(tab, f"{service.url}/quarantine", secrets["admin"])
+            await sign_in(tab, f"{service.url}/quarantine", secrets["admin"])
             discard = f"document.querySelector('form[action=\"/quarantine/{again['id']}/discard\"] button')"
             tab.answers_dialogs = False
             await tab.evaluate(f"{discard}.click()")
@@ -539,7 +336,7 @@ async def test_an_operator_signs_in_and_replays_and_discards_by_the_buttons(
         assert [entry["id"] for entry in await entries()] == [second["id"]]
 
         async with browser() as tab:
-            await _sign_in(tab, f"{service.url}/", secrets["alice"])
+            await sign_in(tab, f"{service.url}/", secrets["alice"])
             text = await tab.text()
             assert "Ingest" not in text
             await tab.go(f"{service.url}/quarantine")
@@ -548,7 +345,7 @@ async def test_an_operator_signs_in_and_replays_and_discards_by_the_buttons(
 
 
 async def test_another_sites_form_changes_nothing(
-    run_usage: RunUsage, amqp_url: str, browser: Callable[..., Any]
+    run_usage: RunUsage, amqp_url: str, browser: OpenTab
 ) -> None:
     async with run_usage() as service:  # without authentication there is nothing else in the way
         await send(amqp_url, [b"not json"])
@@ -566,11 +363,3 @@ async def test_another_sites_form_changes_nothing(
             assert "usage.page.other_site" in await tab.text()
             tab.complaints.clear()  # the 403 itself
         assert len(await one()) == 1
-
-
-async def _sign_in(tab: Tab, url: str, token: str) -> None:
-    await tab.call("Network.clearBrowserCookies")
-    await tab.go(url)
-    await tab.evaluate(f"document.querySelector('#token').value = {json.dumps(token)}")
-    await tab.act("document.querySelector('button').click()")
-    assert await tab.evaluate("location.href") == url

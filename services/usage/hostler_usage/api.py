@@ -4,15 +4,17 @@ A caller that is bound to projects sees those alone, by a condition in the SQL, 
 notifications carry the whole context of whoever acted.
 """
 
+from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any
 
 import asyncpg
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import AwareDatetime, BaseModel, Field
 
 from hostler_common import auth, errors, http
 from hostler_usage.event import event_id
+from hostler_usage.listing import Cited, Limit, Marker, Name, PathName, Selected, names
 from hostler_usage.mapping import Mapping
 from hostler_usage.measures import hours
 from hostler_usage.report_store import EventFilter, Group, ReportStore, UsageFilter, UsageRow
@@ -21,11 +23,6 @@ from hostler_usage.windows import window
 
 ReportsDep = Annotated[ReportStore, http.state("reports")]
 router = APIRouter(prefix="/v1", dependencies=[auth.require(auth.Role.READER)])
-
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Marker = Annotated[str | None, Query(max_length=2000, description="next_marker of the last page")]
-Name = Annotated[str | None, Query(max_length=255, pattern=r"^[^\x00]*$")]
-PathName = Annotated[str, Path(max_length=255, pattern=r"^[^\x00]*$")]
 
 
 class BodyNotShown(errors.Forbidden):
@@ -92,13 +89,6 @@ class Usage(BaseModel):
     )
 
 
-class Cited(BaseModel):
-    """A message that an interval rests on."""
-
-    message_id: str
-    event_id: str = Field(description="its name at /v1/events")
-
-
 class IntervalItem(BaseModel):
     """A span in which nothing about the resource changed."""
 
@@ -126,15 +116,13 @@ class History(BaseModel):
 async def list_events(
     reports: ReportsDep,
     caller: auth.Caller,
+    selected: Selected,
     start: AwareDatetime | None = None,
     end: AwareDatetime | None = None,
     event_type: Name = None,
     message_id: Name = None,
-    project_id: Name = None,
-    resource_type: Name = None,
     resource_id: Name = None,
     source: Name = None,
-    region: Name = None,
     limit: Limit = 100,
     marker: Marker = None,
 ) -> Events:
@@ -146,11 +134,9 @@ async def list_events(
             end=end,
             event_type=event_type,
             message_id=message_id,
-            project_id=project_id,
-            resource_type=resource_type,
             resource_id=resource_id,
             source=source,
-            region=region,
+            **asdict(selected),
         ),
         limit=limit,
         marker=marker,
@@ -186,36 +172,29 @@ async def show_usage(
     caller: auth.Caller,
     start: AwareDatetime,
     end: AwareDatetime,
+    selected: Selected,
     group_by: Annotated[
         list[str] | None,
         Query(
             description="several with commas: project, user, resource, type, region, state_class,"
-            " label, hour, day, month, or any attribute (flavor, host, zone, image, os, ...)"
+            " label, hour, day, month, any attribute (flavor, host, zone, image, os, ...), or"
+            " group:<kind>, the groups of a kind that projects were in (/v1/project-groups)"
         ),
     ] = None,
     time_zone: Annotated[str, Query(max_length=64, description="of hours, days, months")] = "UTC",
-    project_id: Name = None,
-    region: Name = None,
-    resource_type: Name = None,
     resource_id: Name = None,
     limit: Limit = 1000,
     marker: Marker = None,
 ) -> Usage:
     """What was used in a window: exact amounts, and hours for showing."""
     asked = window(start, end)
-    groups = _groups(group_by)
+    groups = names(group_by)
     # asked first: a fold between the two may be counted twice as a doubt, and never passes unsaid
     unfolded = await reports.unfolded()
     rows, next_marker = await reports.usage(
         asked,
         groups,
-        UsageFilter(
-            scope=caller.projects,
-            project_id=project_id,
-            region=region,
-            resource_type=resource_type,
-            resource_id=resource_id,
-        ),
+        UsageFilter(scope=caller.projects, resource_id=resource_id, **asdict(selected)),
         limit=limit,
         marker=marker,
         time_zone=time_zone,
@@ -260,10 +239,6 @@ async def list_intervals(
         intervals=[_interval(row) for row in rows],
         anomalies=sorted(anomalies),
     )
-
-
-def _groups(given: list[str] | None) -> list[Group]:
-    return list(dict.fromkeys(name for text in given or [] for name in text.split(",") if name))
 
 
 def _event(row: asyncpg.Record) -> EventItem:

@@ -17,6 +17,8 @@ from hostler_common.health import Health
 from hostler_usage import (
     api,
     audits_api,
+    budgets_api,
+    costs_api,
     explain_api,
     exports_api,
     feeds_api,
@@ -28,7 +30,8 @@ from hostler_usage import (
     operations_api,
     pages,
     periods_api,
-    rating_api,
+    price_books_api,
+    project_groups_api,
     rebuild_store,
     reports_api,
 )
@@ -86,7 +89,10 @@ def http_app(
             periods_api.router,
             exports_api.router,
             operations_api.router,
-            rating_api.router,
+            price_books_api.router,
+            costs_api.router,
+            budgets_api.router,
+            project_groups_api.router,
             reports_api.router,
             pages.router,
             quarantine.router,
@@ -178,12 +184,15 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             months_ahead=settings.months_ahead,
         )
         process.every(settings.fold_seconds, jobs.fold, name="fold")
+        audit_reports = AuditReportStore(pool=pool)
         audits = AuditJobs(
             store=AuditCheckStore(
                 pool=pool,
                 settle=timedelta(seconds=settings.audit_settle_seconds),
                 silent_after=settings.audit_silent_after,
-            )
+            ),
+            reports=audit_reports,
+            metrics=metrics,
         )
         callbacks = await process.resources.enter_async_context(
             open_callbacks(settings.hub_callback_networks)
@@ -211,6 +220,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             )
             process.every(6 * 3600.0, retention.drop, name="retention")
         process.every(60.0, audits.check, name="audits")
+        process.every(300.0, audits.measure, name="unverified")
         process.every(60.0, jobs.sum_days, name="days")
         periods = PeriodStore(
             pool=pool,
@@ -232,7 +242,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
                     "reports": reports,
                     "explanations": ExplainStore(pool=pool, mapping=mapping),
                     "periods": periods,
-                    "audit_reports": AuditReportStore(pool=pool),
+                    "audit_reports": audit_reports,
                     "costing": costing,
                     "exports": exports,
                     "hub": hub,

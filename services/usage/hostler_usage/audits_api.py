@@ -1,6 +1,6 @@
 """The HTTP API of audit reconciliation: verdicts with ours beside theirs, and the report on them."""
 
-from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -16,14 +16,11 @@ from hostler_usage.audit_report_store import (
     AuditReportStore,
 )
 from hostler_usage.audits import Code, Status
+from hostler_usage.listing import Cited, Limit, Marker, Name, Selected, groups
 from hostler_usage.times import PLAUSIBLE_FROM
 
 AuditReportsDep = Annotated[AuditReportStore, http.state("audit_reports")]
 router = APIRouter(prefix="/v1", tags=["audits"], dependencies=[auth.require(auth.Role.READER)])
-
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Marker = Annotated[str | None, Query(max_length=2000, description="next_marker of the last page")]
-Name = Annotated[str | None, Query(max_length=255, pattern=r"^[^\x00]*$")]
 
 
 class AuditWindowInvalid(errors.Invalid):
@@ -36,13 +33,6 @@ class AuditGroupUnknown(errors.Invalid):
     """The report cannot be grouped by that."""
 
     code = "usage.audit.group_by_unknown"
-
-
-class Witness(BaseModel):
-    """A message that a verdict rests on."""
-
-    message_id: str
-    event_id: str = Field(description="its name at /v1/events")
 
 
 class VerdictItem(BaseModel):
@@ -63,7 +53,7 @@ class VerdictItem(BaseModel):
     project_id: str | None
     host: str | None
     statements: int = Field(description="how many messages spoke of these periods")
-    evidence: list[Witness] = Field(description="those about the newest of the periods")
+    evidence: list[Cited] = Field(description="those about the newest of the periods")
 
 
 class Audits(BaseModel):
@@ -99,11 +89,9 @@ class AuditReport(BaseModel):
 async def list_audits(
     reports: AuditReportsDep,
     caller: auth.Caller,
+    selected: Selected,
     start: AwareDatetime | None = None,
     end: AwareDatetime | None = None,
-    project_id: Name = None,
-    region: Name = None,
-    resource_type: Name = None,
     resource_id: Name = None,
     status: Status | None = None,
     code: Code | None = None,
@@ -117,9 +105,7 @@ async def list_audits(
             scope=caller.projects,
             start=_in_utc(start),
             end=_in_utc(end),
-            project_id=project_id,
-            region=region,
-            resource_type=resource_type,
+            **asdict(selected),
             resource_id=resource_id,
             status=status,
             code=code,
@@ -137,17 +123,15 @@ async def show_audit_report(
     caller: auth.Caller,
     start: AwareDatetime,
     end: AwareDatetime,
+    selected: Selected,
     group_by: Annotated[
         list[str] | None, Query(description="project, resource_type, region, day")
     ] = None,
-    project_id: Name = None,
-    region: Name = None,
-    resource_type: Name = None,
     limit: Limit = 1000,
     marker: Marker = None,
 ) -> AuditReport:
     """How many verdicts of each status there are, and what share of the usage no audit bears out."""
-    groups = _groups(group_by)
+    asked = groups(group_by, AuditGroup, AuditGroupUnknown) or [AuditGroup.PROJECT]
     since, until = _in_utc(start), _in_utc(end)
     assert since is not None
     assert until is not None
@@ -159,12 +143,10 @@ async def show_audit_report(
     rows, next_marker = await reports.report(
         first,
         max(first, min(until, as_of)),
-        groups,
+        asked,
         AuditFilter(
             scope=caller.projects,
-            project_id=project_id,
-            region=region,
-            resource_type=resource_type,
+            **asdict(selected),
         ),
         limit=limit,
         marker=marker,
@@ -173,7 +155,7 @@ async def show_audit_report(
         start=since,
         end=until,
         as_of=as_of,
-        group_by=groups,
+        group_by=asked,
         report=[_report(row) for row in rows],
         next_marker=next_marker,
     )
@@ -186,23 +168,13 @@ def _in_utc(moment: datetime | None) -> datetime | None:
         raise AuditWindowInvalid("start or end lies outside the calendar in UTC") from exc
 
 
-def _groups(given: Iterable[str] | None) -> list[AuditGroup]:
-    names = [name for text in given or [] for name in text.split(",") if name]
-    unknown = sorted(set(names) - set(AuditGroup))
-    if unknown:
-        raise AuditGroupUnknown(
-            f"audits cannot be grouped by {', '.join(unknown)}: there are {', '.join(AuditGroup)}"
-        )
-    return [AuditGroup(name) for name in dict.fromkeys(names)] or [AuditGroup.PROJECT]
-
-
 def _verdict(row: asyncpg.Record) -> VerdictItem:
     values = dict(row)
     return VerdictItem(
         **{name: values[name] for name in VerdictItem.model_fields if name not in _MADE},
         resource_id=row["resource_id"] or None,
         host=row["host"] or None,
-        evidence=[Witness(**item) for item in row["evidence"]],
+        evidence=[Cited(**item) for item in row["evidence"]],
     )
 
 

@@ -9,7 +9,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
 from typing import Final
@@ -22,10 +22,16 @@ from hostler_usage.measures import MICROSECONDS_PER_HOUR, Window
 from hostler_usage.price_book import Metered, PriceBook, price_book
 from hostler_usage.price_store import PriceBookNotFound, PriceStore, StoredBook
 from hostler_usage.rating import Charge, Rated, Slice, UsageLine, money, rate, slices
-from hostler_usage.report_store import GroupUnknown, ReportStore, Scope, UsageFilter
+from hostler_usage.report_store import (
+    GROUP_PREFIX,
+    GroupUnknown,
+    ReportStore,
+    Scope,
+    UsageFilter,
+    group_kinds,
+)
 from hostler_usage.times import MICROSECOND, PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
 
-GROUP_PREFIX: Final = "group:"
 MAX_SLICES: Final = 500
 _PAGE: Final = 5000
 _NAMES: Final = {"resource_type": "type"}
@@ -234,7 +240,7 @@ class Costing:
             raise CurrenciesDiffer("the two price books have different currencies")
         if not PLAUSIBLE_FROM <= question.start < question.end <= PLAUSIBLE_UNTIL:
             raise WindowRefused("end must be later than start, and both lie from 2000 to 2099")
-        grouping = await self._grouping(question)
+        grouping = await self._grouping(question, books)
         spans = _bounded(slices(books, question.start, question.end, edges=grouping.edges))
         dimensions = {*grouping.dimensions, *question.only}
         for book in books:
@@ -251,36 +257,25 @@ class Costing:
         lines = await self.lines(spans, dimensions, where, question.as_of)
         return await asyncio.to_thread(self._summed, question, books, grouping, lines)
 
-    async def _grouping(self, question: Question) -> _Grouping:
-        kinds = [
-            name.removeprefix(GROUP_PREFIX)
-            for name in question.group_by
-            if name.startswith(GROUP_PREFIX)
-        ]
-        memberships: dict[tuple[str, str], list[Membership]] = defaultdict(list)
-        for kind in kinds:
-            for one in await self.prices.memberships(kind=kind, scope=question.scope):
-                memberships[kind, one.project].append(one)
+    async def _grouping(self, question: Question, books: Sequence[PriceBook]) -> _Grouping:
+        kinds = group_kinds(question.group_by)
+        edges: set[datetime] = set()
+        if any(book.periods for book in books):
+            # lines of a slice share what they accumulate: what a project used before it changed its group comes first
+            for kind in kinds:
+                for one in await self.prices.memberships(kind=kind, scope=question.scope):
+                    edges.update(edge for edge in (one.start, one.end) if edge is not None)
         try:
             place = zone(question.time_zone)
         except ZoneUnknownError as exc:
             raise GroupUnknown(str(exc)) from exc
-        edges = {
-            edge
-            for found in memberships.values()
-            for one in found
-            for edge in (one.start, one.end)
-            if edge is not None
-        }
         for name in question.group_by:
             if name in _BUCKETS:
                 edges.update(begins_within(question.start, question.end, _BUCKETS[name], place))
         known = self.metered.dimensions
         dimensions = set()
         for name in question.group_by:
-            if name.startswith(GROUP_PREFIX):
-                dimensions.add("project")
-            elif name in known:
+            if name.startswith(GROUP_PREFIX) or name in known:
                 dimensions.add(name)
             elif name not in _BUCKETS:
                 listed = ", ".join(sorted({*known, *_BUCKETS, f"{GROUP_PREFIX}<kind>"}))
@@ -289,19 +284,7 @@ class Costing:
         def key(line: UsageLine) -> Key:
             found: list[str | None] = []
             for name in question.group_by:
-                if name.startswith(GROUP_PREFIX):
-                    kind = name.removeprefix(GROUP_PREFIX)
-                    found.append(
-                        next(
-                            (
-                                one.group
-                                for one in memberships.get((kind, line.group["project"] or ""), ())
-                                if one.holds(line.start, line.end)
-                            ),
-                            None,
-                        )
-                    )
-                elif name in _BUCKETS:
+                if name in _BUCKETS:
                     first = begin(line.start, _BUCKETS[name], place).astimezone(place)
                     found.append(first.date().isoformat())
                 else:
@@ -493,6 +476,18 @@ class Costing:
 def dimension(name: str) -> str:
     """The dimension that a name in a question means: reports call a resource's type `type`."""
     return "resource_type" if name == "type" else name
+
+
+def in_utc(moment: datetime) -> datetime:
+    """The moment in UTC.
+
+    Raises:
+        WindowRefused: it has none, being outside the calendar there.
+    """
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as exc:
+        raise WindowRefused("a time lies outside the calendar in UTC") from exc
 
 
 def decimals(amount: Fraction, places: int = 6) -> str:

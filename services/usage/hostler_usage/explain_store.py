@@ -9,7 +9,7 @@ from typing import Any, Final
 import asyncpg
 
 from hostler_common import db, errors
-from hostler_usage import explain
+from hostler_usage import explain, usage_sql
 from hostler_usage.audit_report_store import _seen
 from hostler_usage.explain import Citation, HeldPart, MovedPart, Part, Share
 from hostler_usage.mapping import Mapping as Metered
@@ -20,11 +20,13 @@ from hostler_usage.report_store import (
     _BUCKETS,
     _COLUMN,
     _EVENT_COLUMNS,
+    GROUP_PREFIX,
     GroupUnknown,
     Scope,
     _after,
     _Conditions,
     _marker,
+    group_kinds,
 )
 from hostler_usage.times import epoch_microseconds
 
@@ -80,12 +82,12 @@ class Explanation:
 
 _HELD: Final = (
     "SELECT region, resource_type, resource_id, starts_at AS begun, ends_at,"
-    " greatest(starts_at, $1) AS since, least(ends_at, $2) AS until, project_id, user_id,"
+    " {lower} AS since, {upper} AS until, project_id, user_id,"
     " state_class, attributes, opened_by, closed_by, provenance, ''::text AS label,"
     " NULL::text AS counter, NULL::jsonb AS evidence,"
-    " 1000000 * (extract(epoch FROM least(ends_at, $2)) - extract(epoch FROM greatest(starts_at, $1)))"
-    " * {quantity} AS amount"
-    " FROM usage_interval WHERE resource_type = $3 AND $1 < $2 AND starts_at < $2"
+    " 1000000 * (extract(epoch FROM {upper}) - extract(epoch FROM {lower}))"
+    " * {quantity} AS amount{groups}"
+    " FROM usage_interval{split} WHERE resource_type = $3 AND $1 < $2 AND starts_at < $2"
     " AND (ends_at IS NULL OR ends_at > $1)"
 )
 # as in usage_sql: what a resource was when something moved is in the interval of that moment
@@ -93,9 +95,9 @@ _MOVED: Final = (
     "SELECT a.region, a.resource_type, a.resource_id, a.at AS begun, NULL::timestamptz AS ends_at,"
     " a.at AS since, a.at AS until, a.project_id, i.user_id, i.state_class, i.attributes,"
     " NULL::jsonb AS opened_by, NULL::jsonb AS closed_by, NULL::text AS provenance, a.label,"
-    " a.counter, a.evidence, a.amount FROM usage_amount AS a LEFT JOIN usage_interval AS i"
+    " a.counter, a.evidence, a.amount{groups} FROM usage_amount AS a LEFT JOIN usage_interval AS i"
     " ON (i.resource_id, i.resource_type, i.region) = (a.resource_id, a.resource_type, a.region)"
-    " AND i.starts_at <= a.at AND (i.ends_at IS NULL OR i.ends_at > a.at)"
+    " AND i.starts_at <= a.at AND (i.ends_at IS NULL OR i.ends_at > a.at){split}"
     " WHERE a.resource_type = $3 AND a.counter = {counter} AND a.at >= $1 AND a.at < $2"
 )
 
@@ -129,9 +131,14 @@ class ExplainStore:
         ):
             window = await _clipped(connection, question)
             conditions = _Conditions(window.start, window.upper, measure.resource_type)
-            facts = _facts(measure, conditions)
-            self._restrict(conditions, question)
-            statement = f"SELECT * FROM ({facts}) AS facts {conditions.clause}"  # noqa: S608  constants, names of the mapping
+            kinds = group_kinds(question.groups)
+            facts = _facts(measure, conditions, len(kinds))
+            tables = ""
+            if kinds:
+                places = [conditions.value(kind) for kind in kinds]
+                tables = f"WITH {usage_sql.memberships(places, '')} "
+            self._restrict(conditions, question, kinds)
+            statement = f"{tables}SELECT * FROM ({facts}) AS facts {conditions.clause}"  # noqa: S608  constants, names of the mapping
             whole = await connection.fetchrow(
                 "SELECT coalesce(sum(amount), 0) AS amount, count(*) AS parts,"  # noqa: S608  as above
                 " count(DISTINCT (region, resource_id)) AS resources"
@@ -141,19 +148,19 @@ class ExplainStore:
             assert whole is not None
             page = _Conditions(*conditions.values)
             if marker is not None:
-                resource_id, region, begun, label = _after(marker, 4)
+                resource_id, region, since, label = _after(marker, 4)
                 page.add(
-                    "(resource_id, region, begun, label) > ({}, {}, {}, {})",
+                    "(resource_id, region, since, label) > ({}, {}, {}, {})",
                     resource_id,
                     region,
-                    marked_moment(begun),
+                    marked_moment(since),
                     label,
                 )
             rows = await connection.fetch(
                 "SELECT * FROM (SELECT *, sum(amount) OVER resource AS of_resource,"  # noqa: S608  as above
                 f" count(*) OVER resource AS parts_of_resource FROM ({statement}) AS parts"
                 " WINDOW resource AS (PARTITION BY resource_id, region)) AS parts"
-                f" {page.clause} ORDER BY resource_id, region, begun, label LIMIT {int(limit)}",
+                f" {page.clause} ORDER BY resource_id, region, since, label LIMIT {int(limit)}",
                 *page.values,
             )
             parts = [_part(row, measure) for row in rows]
@@ -180,7 +187,7 @@ class ExplainStore:
                 next_marker=_next(rows[-1]) if len(rows) == limit else None,
             )
 
-    def _restrict(self, conditions: _Conditions, question: Question) -> None:
+    def _restrict(self, conditions: _Conditions, question: Question, kinds: Sequence[str]) -> None:
         """What the row's groups and the caller's scope ask for."""
         scope = question.scope
         conditions.add("project_id = ANY({})", None if scope is None else sorted(scope))
@@ -188,9 +195,18 @@ class ExplainStore:
             if group in _BUCKETS:
                 continue  # in the window
             column = _COLUMN.get(group)
-            if column is None:
+            if group.startswith(GROUP_PREFIX):
+                column = f"group_of_{kinds.index(group.removeprefix(GROUP_PREFIX))}"
+            elif column is None:
                 if group not in self.mapping.attribute_names:
-                    known = sorted({*_BUCKETS, *_COLUMN, *self.mapping.attribute_names})
+                    known = sorted(
+                        {
+                            *_BUCKETS,
+                            *_COLUMN,
+                            *self.mapping.attribute_names,
+                            f"{GROUP_PREFIX}<kind>",
+                        }
+                    )
                     raise GroupUnknown(
                         f"usage has no group {group[:60]}: there are {', '.join(known)}"
                     )
@@ -201,14 +217,23 @@ class ExplainStore:
             )
 
 
-def _facts(measure: Measure, conditions: _Conditions) -> str:
+def _facts(measure: Measure, conditions: _Conditions, kinds: int) -> str:
+    groups = usage_sql.group_columns(kinds)
     if measure.counter is not None:
-        return _MOVED.format(counter=conditions.value(measure.counter))
+        return _MOVED.format(
+            counter=conditions.value(measure.counter),
+            groups=groups,
+            split=usage_sql.MOVED_SPLIT if kinds else "",
+        )
+    lower, upper, split = "greatest(starts_at, $1)", "least(ends_at, $2)", ""
+    if kinds:
+        split = usage_sql.held_split(lower, upper)
+        lower, upper = f"greatest({lower}, member_from)", f"least({upper}, member_until)"
     quantity = "1"
     if measure.attribute is not None:
         name = conditions.value(measure.attribute)
         quantity = f"coalesce((attributes->>{name}::text)::bigint, 0)"
-    return _HELD.format(quantity=quantity)
+    return _HELD.format(quantity=quantity, lower=lower, upper=upper, groups=groups, split=split)
 
 
 async def _clipped(connection: db.Connection, question: Question) -> Window:
@@ -277,8 +302,8 @@ def _part(row: asyncpg.Record, measure: Measure) -> Part:
 
 
 def _next(row: asyncpg.Record) -> str:
-    begun = str(epoch_microseconds(row["begun"]))
-    return _marker([row["resource_id"], row["region"], begun, row["label"]])
+    since = str(epoch_microseconds(row["since"]))
+    return _marker([row["resource_id"], row["region"], since, row["label"]])
 
 
 _KEYS: Final = (

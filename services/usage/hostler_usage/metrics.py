@@ -66,7 +66,12 @@ class Metrics:
             "Notifications whose time lies outside all partitions: absurd or very old.",
             registry=registry,
         )
-
+        self.unverified_share = Gauge(
+            "hostler_usage_unverified_share",
+            "Of the hours held in the last settled UTC day, the share that no audit bears out.",
+            ["resource_type"],
+            registry=registry,
+        )
         self.dropped_months = Counter(
             "hostler_usage_dropped_months",
             "Months of messages dropped by retention.",

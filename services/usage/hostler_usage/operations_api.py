@@ -1,6 +1,6 @@
 """The HTTP API of operations: what was done, how long it took, and what never came to its end."""
 
-from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from pydantic import AwareDatetime, BaseModel, Field
 
 from hostler_common import auth, errors, http
+from hostler_usage.listing import Cited, Limit, Marker, Name, Selected, groups
 from hostler_usage.operation_store import OperationFilter, OperationStore, Profile
 from hostler_usage.operations import Outcome
 
@@ -17,9 +18,6 @@ router = APIRouter(
     prefix="/v1", tags=["operations"], dependencies=[auth.require(auth.Role.READER)]
 )
 
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Marker = Annotated[str | None, Query(max_length=2000, description="next_marker of the last page")]
-Name = Annotated[str | None, Query(max_length=255, pattern=r"^[^\x00]*$")]
 # a hundred years: what was not meant is an error, not an overflow
 Seconds = Annotated[float | None, Query(ge=0, le=3_200_000_000, allow_inf_nan=False)]
 
@@ -28,13 +26,6 @@ class ProfileUnknown(errors.Invalid):
     """Operations cannot be profiled by that."""
 
     code = "usage.operation.group_by_unknown"
-
-
-class Cause(BaseModel):
-    """A message that an operation rests on."""
-
-    message_id: str
-    event_id: str = Field(description="its name at /v1/events")
 
 
 class OperationItem(BaseModel):
@@ -53,7 +44,7 @@ class OperationItem(BaseModel):
     flavor: str | None
     project_id: str | None
     reason: str | None
-    evidence: list[Cause]
+    evidence: list[Cited]
 
 
 class Operations(BaseModel):
@@ -89,11 +80,9 @@ class Profiles(BaseModel):
 async def list_operations(
     operations: OperationsDep,
     caller: auth.Caller,
+    selected: Selected,
     start: AwareDatetime | None = None,
     end: AwareDatetime | None = None,
-    project_id: Name = None,
-    region: Name = None,
-    resource_type: Name = None,
     resource_id: Name = None,
     action: Name = None,
     outcome: Outcome | None = None,
@@ -113,9 +102,7 @@ async def list_operations(
             scope=caller.projects,
             start=start,
             end=end,
-            project_id=project_id,
-            region=region,
-            resource_type=resource_type,
+            **asdict(selected),
             resource_id=resource_id,
             action=action,
             outcome=outcome,
@@ -134,15 +121,13 @@ async def list_operations(
 async def show_operation_profiles(
     operations: OperationsDep,
     caller: auth.Caller,
+    selected: Selected,
     start: AwareDatetime | None = None,
     end: AwareDatetime | None = None,
     group_by: Annotated[
         list[str] | None,
         Query(description="action, host, flavor, resource_type, region, project"),
     ] = None,
-    project_id: Name = None,
-    region: Name = None,
-    resource_type: Name = None,
     action: Name = None,
     host: Name = None,
     flavor: Name = None,
@@ -150,16 +135,14 @@ async def show_operation_profiles(
     marker: Marker = None,
 ) -> Profiles:
     """How many operations of each kind there were, how many failed, and how long they took."""
-    groups = _groups(group_by)
+    asked = groups(group_by, Profile, ProfileUnknown)
     rows, next_marker = await operations.profiles(
-        groups,
+        asked,
         OperationFilter(
             scope=caller.projects,
             start=start,
             end=end,
-            project_id=project_id,
-            region=region,
-            resource_type=resource_type,
+            **asdict(selected),
             action=action,
             host=host,
             flavor=flavor,
@@ -168,20 +151,10 @@ async def show_operation_profiles(
         marker=marker,
     )
     return Profiles(
-        group_by=groups,
-        profiles=[_profile(row, groups) for row in rows],
+        group_by=asked,
+        profiles=[_profile(row, asked) for row in rows],
         next_marker=next_marker,
     )
-
-
-def _groups(given: Iterable[str] | None) -> list[Profile]:
-    names = [name for text in given or [] for name in text.split(",") if name]
-    unknown = sorted(set(names) - set(Profile))
-    if unknown:
-        raise ProfileUnknown(
-            f"operations cannot be grouped by {', '.join(unknown)}: there are {', '.join(Profile)}"
-        )
-    return [Profile(name) for name in dict.fromkeys(names)]
 
 
 def _operation(row: asyncpg.Record) -> OperationItem:
@@ -189,15 +162,15 @@ def _operation(row: asyncpg.Record) -> OperationItem:
     return OperationItem(
         **{name: row[name] for name in OperationItem.model_fields if name not in _MADE},
         duration_ms=None if duration_us is None else duration_us / 1000,
-        evidence=[Cause(**item) for item in row["evidence"]],
+        evidence=[Cited(**item) for item in row["evidence"]],
     )
 
 
 _MADE = frozenset({"duration_ms", "evidence"})
 
 
-def _profile(row: asyncpg.Record, groups: list[Profile]) -> ProfileItem:
+def _profile(row: asyncpg.Record, asked: list[Profile]) -> ProfileItem:
     return ProfileItem(
-        group={group: row[f"group_{n}"] or None for n, group in enumerate(groups)},
+        group={group: row[f"group_{n}"] or None for n, group in enumerate(asked)},
         **{name: row[name] for name in ProfileItem.model_fields if name != "group"},
     )

@@ -8,7 +8,8 @@ authentication is off, from other sites' pages as well.
 
 import hashlib
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib import resources
 from typing import Annotated, Any, Final
 
@@ -19,6 +20,7 @@ from pydantic import BeforeValidator, StringConstraints
 
 from hostler_common import auth, errors
 from hostler_common.pages import Pages
+from hostler_usage.measures import Window
 
 _MEDIA_TYPES: Final = {".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
 _STATIC: Final = {
@@ -32,10 +34,11 @@ _ADDRESSES: Final = {
 }
 # parts of the service that a page links to where the service has them, by the paths of their routes
 _PARTS: Final = (
+    ("/costs", "/costs", "costs"),
+    ("/budgets", "/budgets", "budgets"),
+    ("/periods", "/periods", "periods"),
     ("/v1/reports/idle", "/v1/reports/idle", "idle resources"),
-    ("/v1/budgets", "/v1/budgets", "budgets"),
     ("/v1/price-books", "/v1/price-books", "price books"),
-    ("/v1/periods", "/v1/periods", "periods"),
     ("/feeds/all.atom", "/feeds/all.atom", "feed"),
 )
 
@@ -55,10 +58,24 @@ _pages = Pages("hostler_usage")
 _filled = BeforeValidator(lambda value: value or None)
 _ShortText = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\x00]*$")]
 Name = Annotated[_ShortText | None, _filled, Query()]
-Marker = Annotated[Annotated[str, StringConstraints(max_length=2000)] | None, _filled, Query()]
+_MarkerText = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]
+Marker = Annotated[_MarkerText | None, _filled, Query()]
 Moment = Annotated[datetime | None, _filled, Query(description="UTC where it names no zone")]
 Filled = _filled
 """For parameters of other types: an empty text is nothing."""
+_MonthText = Annotated[str, StringConstraints(pattern=r"^(20|21)\d\d-(0[1-9]|1[0-2])$")]
+Month = Annotated[_MonthText | None, _filled, Query()]
+_DAY: Final = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A month on a page, and its neighbours."""
+
+    name: str
+    window: Window
+    before: str
+    after: str | None
 
 
 class StaticNotFound(errors.NotFound):
@@ -103,6 +120,20 @@ def render(request: Request, template: str, **context: Any) -> HTMLResponse:  # 
         query=request.query_params,
         other_page=lambda **changed: _address(request, changed),
         **context,
+    )
+
+
+def shown_month(name: str | None, now: datetime) -> Shown:
+    """The month of that name, or the one that is now: the future has no usage yet."""
+    this = now.strftime("%Y-%m")
+    name = min(name or this, this)
+    start = datetime.strptime(name, "%Y-%m").replace(tzinfo=UTC)
+    end = (start + 31 * _DAY).replace(day=1)
+    return Shown(
+        name=name,
+        window=Window(start=start, end=end, as_of=now),
+        before=(start - _DAY).strftime("%Y-%m"),
+        after=end.strftime("%Y-%m") if end <= now else None,
     )
 
 

@@ -14,19 +14,28 @@ from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 import asyncpg
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse
-from pydantic import StringConstraints
 
 from hostler_common import auth, errors, http, quarantine
-from hostler_usage import check_pages, page_frame
+from hostler_usage import check_pages, money_pages, page_frame
 from hostler_usage.audit_report_store import AuditFilter, AuditGroup, AuditReportStore
 from hostler_usage.charts import Chart, Moment, Span, Timeline, days_between, stack, timeline
 from hostler_usage.event import event_id
 from hostler_usage.mapping import Mapping, Measure
 from hostler_usage.measures import Window, hours
 from hostler_usage.operation_store import OperationFilter, OperationStore, Profile
-from hostler_usage.page_frame import Filled, Marker, Name, in_utc, render, route_paths, spelled
+from hostler_usage.page_frame import (
+    Marker,
+    Month,
+    Name,
+    Shown,
+    in_utc,
+    render,
+    route_paths,
+    shown_month,
+    spelled,
+)
 from hostler_usage.report_store import EventFilter, ReportStore, UsageFilter, UsageRow
 from hostler_usage.statement import ResourceKey, ResourceType
 from hostler_usage.times import PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
@@ -43,12 +52,11 @@ _LIFE_SHOWN: Final = timedelta(days=31)
 router = APIRouter(include_in_schema=False)
 router.include_router(page_frame.router)
 router.include_router(check_pages.router)
+router.include_router(money_pages.router)
 
 ReportsDep = Annotated[ReportStore, http.state("reports")]
 AuditReportsDep = Annotated[AuditReportStore, http.state("audit_reports")]
 OperationsDep = Annotated[OperationStore, http.state("operations")]
-_MonthText = Annotated[str, StringConstraints(pattern=r"^(20|21)\d\d-(0[1-9]|1[0-2])$")]
-Month = Annotated[_MonthText | None, Filled, Query()]
 PathName = Annotated[str, Path(max_length=255, pattern=r"^[^\x00]*$")]
 READER: Any = auth.require(auth.Role.READER)
 
@@ -63,16 +71,6 @@ class WindowInvalid(errors.Invalid):
     """The window ends before it begins."""
 
     code = "usage.window.invalid"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """A month on a page, and its neighbours."""
-
-    name: str
-    window: Window
-    before: str
-    after: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +106,7 @@ async def overview(
 ) -> HTMLResponse:
     """How ingest is doing (for callers that may see every project), and who used how much."""
     now = datetime.now(UTC)
-    shown = _month(month, now)
+    shown = shown_month(month, now)
     where = UsageFilter(scope=caller.projects)
     found, _ = await reports.usage(shown.window, ["project"], where, limit=PROJECTS_SUMMED)
     last_day = Window(start=now - _DAY, end=now, as_of=now)
@@ -146,7 +144,7 @@ async def projects(
     marker: Marker = None,
 ) -> HTMLResponse:
     """Every project that used something in a month, by name."""
-    shown = _month(month, datetime.now(UTC))
+    shown = shown_month(month, datetime.now(UTC))
     found, next_marker = await reports.usage(
         shown.window,
         ["project"],
@@ -177,7 +175,7 @@ async def project(
 ) -> HTMLResponse:
     """A project's month: by day, by resource, what was done, and what audits say."""
     now = datetime.now(UTC)
-    shown = _month(month, now)
+    shown = shown_month(month, now)
     where = UsageFilter(scope=caller.projects, project_id=project_id)
     by_day, _ = await reports.usage(shown.window, ["day", "type"], where, limit=PROJECTS_SUMMED)
     chosen = _chosen(reports.mapping, measure, by_day)
@@ -286,19 +284,6 @@ def _by_day(measure: Measure, window: Window, rows: Sequence[UsageRow]) -> Chart
         name,
         days_between(window.start, window.upper),
         {name: _amounts(measure, amounts)},
-    )
-
-
-def _month(name: str | None, now: datetime) -> Shown:
-    this = now.strftime("%Y-%m")
-    name = min(name or this, this)  # the future has no usage yet
-    start = datetime.strptime(name, "%Y-%m").replace(tzinfo=UTC)
-    end = (start + 31 * _DAY).replace(day=1)
-    return Shown(
-        name=name,
-        window=Window(start=start, end=end, as_of=now),
-        before=(start - _DAY).strftime("%Y-%m"),
-        after=end.strftime("%Y-%m") if end <= now else None,
     )
 
 

@@ -7,16 +7,19 @@ see is a condition inside each statement (`Scope`), never a filter on its answer
 
 import base64
 import json
+import re
+from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as Table
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from typing import Final
 
 import asyncpg
 
 from hostler_common import db, errors
 from hostler_usage import usage_sql
+from hostler_usage.budget import KIND
 from hostler_usage.mapping import Mapping
 from hostler_usage.measures import Window
 from hostler_usage.rollup import midnight
@@ -53,7 +56,10 @@ class GroupUnknown(errors.Invalid):
 
 
 Group = str
-"""What usage can be grouped by: one of these, or an attribute that the mapping names."""
+"""What usage can be grouped by: one of these, an attribute that the mapping names, or `group:<kind>`."""
+
+GROUP_PREFIX: Final = "group:"
+"""Before the kind of a group of projects: who is in which, and when, is said at /v1/project-groups."""
 
 _COLUMN: Final = {
     "project": "project_id",
@@ -172,12 +178,14 @@ class ReportStore:
             if where.resource_type in (None, item.resource_type)
         ]
         conditions = _Conditions(window.start, window.upper)
-        dimensions = [self._dimension(group) for group in groups]
+        kinds = group_kinds(groups)
+        dimensions = [self._dimension(group, kinds) for group in groups]
         buckets = [group for group in groups if group in _BUCKETS]
         if len(buckets) > 1:
             raise GroupUnknown(f"one of {', '.join(_BUCKETS)} at a time")
         keys = ", ".join(dimensions)
         conditions.add("project_id = ANY({})", _projects(where.scope, where.project_id))
+        own_projects = conditions.also
         conditions.add("region = {}", where.region)
         conditions.add("resource_type = {}", where.resource_type)
         conditions.add("resource_id = {}", where.resource_id)
@@ -190,24 +198,32 @@ class ReportStore:
             places = ", ".join("{}" for _ in parts)
             after.add(f"({keys}) > ({places})", *parts)
         zone = after.value(time_zone) if buckets else ""
+        facts = partial(usage_sql.facts, clause, bucket, zone, groups=len(kinds))
+        tables = []
+        if kinds:
+            tables.append(
+                usage_sql.memberships([after.value(kind) for kind in kinds], own_projects)
+            )
         if summed is None:
-            sources = usage_sql.facts(clause, bucket, zone)
+            sources = facts()
         else:
             first, last = after.value(summed[0]), after.value(summed[1])
             since, until = after.value(midnight(summed[0])), after.value(midnight(summed[1]))
-            sources = " UNION ALL ".join(
-                (
-                    usage_sql.facts(clause, bucket, zone, end=since),
-                    usage_sql.days(clause, bucket, first=first, last=last),
-                    usage_sql.facts(clause, bucket, zone, start=until),
-                )
-            )
+            parts_of_window = [
+                facts(end=since),
+                usage_sql.days(clause, bucket, first=first, last=last, groups=len(kinds)),
+                facts(start=until),
+            ]
+            if kinds:
+                tables.append(usage_sql.split_days(first=first, last=last))
+                parts_of_window.append(facts(is_split=True))
+            sources = " UNION ALL ".join(parts_of_window)
         columns = [f"{name} AS group_{n}" for n, name in enumerate(dimensions)]
         columns += [f"{usage_sql.total(item)} AS m{n}" for n, item in enumerate(measures)]
         if summed is None:
             columns.append("count(DISTINCT (region, resource_type, resource_id)) AS resources")
         statement = (
-            f"SELECT {', '.join(columns)}"  # noqa: S608  constants of this module, names of the mapping
+            (f"WITH {', '.join(tables)} " if tables else "") + f"SELECT {', '.join(columns)}"  # noqa: S608  constants of this module, names of the mapping
             f" FROM ({sources}) AS facts {after.clause}"
             + (f" GROUP BY {keys} ORDER BY {keys} LIMIT {int(limit)}" if groups else "")
         )
@@ -235,7 +251,8 @@ class ReportStore:
         self, window: Window, groups: Sequence[Group], where: UsageFilter, time_zone: str
     ) -> tuple[date, date] | None:
         """The whole days of the window whose sums answer the question; None where they cannot."""
-        if not _SUMMED.issuperset(groups) or where.resource_id is not None:
+        columns = {group for group in groups if not group.startswith(GROUP_PREFIX)}
+        if not _SUMMED.issuperset(columns) or where.resource_id is not None:
             return None
         if time_zone != "UTC" and not {"day", "month"}.isdisjoint(groups):
             return None
@@ -249,16 +266,20 @@ class ReportStore:
             return None
         return first, min(last, until)
 
-    def _dimension(self, group: Group) -> str:
+    def _dimension(self, group: Group, kinds: Sequence[str]) -> str:
         """The expression of a group; names come from this module or were checked with the mapping."""
+        if group.startswith(GROUP_PREFIX):
+            return f"coalesce(group_of_{kinds.index(group.removeprefix(GROUP_PREFIX))}, '')"
         if group in _BUCKETS:
             return "bucket"
         if group in _COLUMN:
             return f"coalesce({_COLUMN[group]}, '')"
         if group in self.mapping.attribute_names:
             return f"coalesce(attributes->>'{group}', '')"
-        known = sorted({*_BUCKETS, *_COLUMN, *self.mapping.attribute_names})
-        raise GroupUnknown(f"usage cannot be grouped by {group}: there are {', '.join(known)}")
+        known = {*_BUCKETS, *_COLUMN, *self.mapping.attribute_names, f"{GROUP_PREFIX}<kind>"}
+        raise GroupUnknown(
+            f"usage cannot be grouped by {group}: there are {', '.join(sorted(known))}"
+        )
 
     async def intervals(
         self, resource_type: str, resource_id: str, *, region: str | None, scope: Scope
@@ -414,6 +435,21 @@ class ReportStore:
             oldest_dirty_seconds=oldest,
             unpartitioned=unpartitioned,
         )
+
+
+def group_kinds(groups: Iterable[Group]) -> list[str]:
+    """The kinds of groups of projects among these.
+
+    Raises:
+        GroupUnknown: one of them is none.
+    """
+    kinds = [
+        group.removeprefix(GROUP_PREFIX) for group in groups if group.startswith(GROUP_PREFIX)
+    ]
+    for kind in kinds:
+        if not re.fullmatch(KIND, kind):
+            raise GroupUnknown(f"{kind[:60]!r} is no kind of groups of projects")
+    return kinds
 
 
 class _Conditions:

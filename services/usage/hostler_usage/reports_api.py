@@ -18,6 +18,7 @@ from hostler_common import auth, errors, http
 from hostler_usage import idle, idle_store
 from hostler_usage.exports import Exports, priced_lines
 from hostler_usage.focus_pricing import Pricing
+from hostler_usage.listing import Cited, Name
 from hostler_usage.measures import hours
 from hostler_usage.rating import money
 from hostler_usage.report_store import UsageFilter
@@ -28,7 +29,6 @@ _EXAMINED_AT_ONCE: Final = 500
 COST: Final = "cost"
 
 ExportsDep = Annotated[Exports, http.state("exports")]
-Name = Annotated[str | None, Query(max_length=255, pattern=r"^[^\x00]*$")]
 PriceBookName = Annotated[
     str | None, Query(max_length=255, pattern=r"^[^\x00]*$", description="costs are by this book")
 ]
@@ -49,13 +49,6 @@ class BookMissing(errors.Invalid):
     """Costs were asked for without a price book."""
 
     code = "usage.price_book.missing"
-
-
-class Cited(BaseModel):
-    """A message that a finding rests on."""
-
-    message_id: str
-    event_id: str = Field(description="its name at /v1/events")
 
 
 class Finding(BaseModel):

@@ -1,20 +1,23 @@
 """What usage's tests share: the running service, and a publisher that is no part of it."""
 
 import asyncio
+import hashlib
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import aio_pika
 import hypothesis
 import pytest
+from fastapi import APIRouter
 
-from hostler_common import testing
+from hostler_common import client, db, http, servers, settings, testing
 from hostler_common.testing import RunningService, RunService
 from hostler_usage import app
+from hostler_usage.service_testing import RunUsage, runner, send
 from hostler_usage.settings import Settings
 from hostler_usage.testing import Message
 
@@ -24,33 +27,80 @@ hypothesis.settings.load_profile("untimed")
 
 EMITTER = Path(__file__).parents[3] / "scripts" / "demo" / "emitter.py"
 
+Tokens = Callable[..., Path]
+ServePart = Callable[..., AbstractAsyncContextManager[tuple[str, dict[str, client.Api]]]]
+RunTold = Callable[..., AbstractAsyncContextManager[RunningService]]
 Publish = Callable[[Sequence[bytes]], Awaitable[None]]
 Emit = Callable[..., Awaitable[None]]
 Settled = Callable[[RunningService, int], Awaitable[dict[str, Any]]]
 
 
 @pytest.fixture
-def run_usage(
-    run_service: RunService,
-) -> Callable[..., AbstractAsyncContextManager[RunningService]]:
+async def pool(database_url: str) -> AsyncIterator[db.Pool]:
+    """Connections to a database with usage's tables and nothing in them."""
+    await db.migrate(database_url, schema="usage", package=app.PACKAGE)
+    async with db.open_pool(database_url, schema="usage") as opened:
+        yield opened
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Tokens:
+    """`tokens(alice=("reader", "p1"))`: a file of tokens, each its caller's name."""
+
+    def write(**callers: tuple[str, str]) -> Path:
+        file = tmp_path / "tokens"
+        file.write_text(
+            "\n".join(
+                f"{name}:{role}:{projects}:{hashlib.sha256(name.encode()).hexdigest()}"
+                for name, (role, projects) in callers.items()
+            )
+        )
+        return file
+
+    return write
+
+
+@pytest.fixture
+def serve_part(tokens: Tokens) -> ServePart:
+    """`async with serve_part([router], state, alice=("reader", "p1")) as (address, clients)`: that API alone."""
+
+    @asynccontextmanager
+    async def serve(
+        routers: Sequence[APIRouter], state: Mapping[str, Any], **callers: tuple[str, str]
+    ) -> AsyncIterator[tuple[str, dict[str, client.Api]]]:
+        loaded = settings.load(
+            Settings,
+            amqp_url="amqp://nowhere/",
+            database_url="postgresql://nowhere/x",
+            http_port=servers.free_port(),
+            auth_tokens_file=tokens(**callers),
+        )
+        part = http.create_app(
+            loaded, title="a part", package=app.PACKAGE, routers=routers, state=state
+        )
+        server = http.Server(part, loaded)
+        running = asyncio.create_task(server.run())
+        address = f"http://127.0.0.1:{server.port}"
+        try:
+            async with AsyncExitStack() as stack:
+                yield (
+                    address,
+                    {
+                        name: await stack.enter_async_context(client.open_api(address, token=name))
+                        for name in callers
+                    },
+                )
+        finally:
+            await server.drain()
+            await running
+
+    return serve
+
+
+@pytest.fixture
+def run_usage(run_service: RunService) -> RunUsage:
     """`async with run_usage(**settings) as service`."""
-
-    def run(**settings: Any) -> AbstractAsyncContextManager[RunningService]:
-        values = {
-            "fold_seconds": 0.05,
-            "batch_seconds": 0.02,
-            "log_level": "WARNING",
-            **settings,
-        }
-        return run_service(app.serve, Settings, app.PACKAGE, **values)
-
-    return run
-
-
-@asynccontextmanager
-async def open_channel(url: str) -> AsyncIterator[aio_pika.abc.AbstractChannel]:
-    async with await aio_pika.connect(url) as connection:
-        yield await connection.channel(publisher_confirms=True)
+    return runner(run_service)
 
 
 @pytest.fixture
@@ -63,13 +113,7 @@ def publish(amqp_url: str) -> Publish:
         routing_key: str = "notifications.info",
         headers: dict[str, Any] | None = None,
     ) -> None:
-        async with open_channel(amqp_url) as channel:
-            target = await channel.get_exchange(exchange)
-            for body in bodies:
-                await target.publish(
-                    aio_pika.Message(body, headers=headers, content_type="application/json"),
-                    routing_key,
-                )
+        await send(amqp_url, bodies, exchange=exchange, routing_key=routing_key, headers=headers)
 
     return publish
 
@@ -153,6 +197,27 @@ async def stored_events(service: RunningService, **filters: Any) -> list[dict[st
 def settled() -> Settled:
     """`usage = await settled(service, events)`: exactly so many events are stored and folded."""
     return _settled
+
+
+@pytest.fixture
+def run_told(run_usage: RunUsage, publish: Publish) -> RunTold:
+    """`async with run_told(messages, **settings) as service`: they are stored and folded.
+
+    Where the service wants tokens, "admin" is one of every project's.
+    """
+
+    @asynccontextmanager
+    async def run(messages: Sequence[Message], **overrides: Any) -> AsyncIterator[RunningService]:
+        async with run_usage(**overrides) as service:
+            await publish([message.body() for message in messages])
+            if overrides.get("auth_mode") == "token":
+                async with client.open_api(service.url, token="admin") as admin:
+                    await _settled(replace(service, api=admin), len(messages))
+            else:
+                await _settled(service, len(messages))
+            yield service
+
+    return run
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The HTTP side that every service has, served by the real server."""
 
 import asyncio
+import html
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -79,6 +80,34 @@ async def trace() -> str:
     return logs.traceparent.get() or ""
 
 
+page_router = APIRouter(prefix="/things", dependencies=[auth.require(auth.Role.READER)])
+
+
+@page_router.get("/taken")
+async def taken_page() -> None:
+    raise ThingTaken("it is taken by <b>somebody</b>", holder="somebody")
+
+
+@page_router.get("/away")
+async def away_page() -> None:
+    await away()
+
+
+@page_router.get("/broken")
+async def broken_page() -> None:
+    await broken()
+
+
+@page_router.get("/sizes/{size_bytes}")
+async def size_page(size_bytes: int) -> int:
+    return size_bytes
+
+
+@page_router.post("/taken", dependencies=[auth.require(auth.Role.OPERATOR)])
+async def take() -> None:
+    await taken_page()
+
+
 Opened = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
@@ -122,7 +151,7 @@ def build(loaded: Example, *routers: APIRouter, health: Health | None = None) ->
         loaded,
         title="example",
         package="hostler_example",
-        routers=routers or [router],
+        routers=routers or [router, page_router],
         state={"store": "the store"},
         health=health,
         registry=CollectorRegistry(),
@@ -252,6 +281,66 @@ async def test_every_error_is_a_problem_with_a_stable_code(opened: Opened) -> No
             assert problem["type"] == f"urn:hostler:error:{code}"
             assert problem["instance"] == answer.headers["x-request-id"]
             assert {"title", "detail"} <= problem.keys()
+
+
+# as Chromium and Firefox send them
+NAVIGATES = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+PAGES: list[tuple[str, str, int, str, str]] = [
+    ("GET", "/nothing", 404, "http.404", "Check the address"),
+    ("DELETE", "/things/taken", 405, "http.405", "Use the buttons"),
+    ("GET", "/things/sizes/many", 422, "request.invalid", "Change what the message names"),
+    ("GET", "/things/taken", 409, "example.thing.taken", "Look at it again"),
+    ("POST", "/things/taken", 409, "example.thing.taken", "Look at it again"),
+    ("GET", "/things/broken", 500, "hostler.internal", "Tell whoever runs this service"),
+    ("GET", "/things/away", 503, "service.unavailable", "Wait a moment"),
+]
+
+
+async def test_an_error_on_a_page_is_a_page_that_says_the_same_and_what_to_do(
+    opened: Opened,
+) -> None:
+    async with opened(auth_mode="none") as client:
+        for method, path, status, code, advice in PAGES:
+            page = await client.request(method, path, headers=NAVIGATES)
+            assert (page.status_code, page.headers["content-type"]) == (
+                status,
+                "text/html; charset=utf-8",
+            ), path
+            problem = (await client.request(method, path)).json()  # who accepts anything
+            for said in (problem["title"], html.escape(problem["detail"]), code, advice):
+                assert said in page.text, path
+            assert page.headers["x-request-id"] in page.text
+            assert "hunter2" not in page.text
+            assert "<b>" not in page.text
+            assert (problem["status"], problem["code"]) == (status, code)
+        page = await client.get("/things/away", headers=NAVIGATES)
+        assert page.headers["retry-after"] == "5"
+        answer = await client.delete("/things/taken", headers=NAVIGATES)
+        assert "GET" in answer.headers["allow"]
+
+
+async def test_the_api_answers_a_browser_with_a_problem_document(opened: Opened) -> None:
+    async with opened(auth_mode="none") as client:
+        for method, path, body, status, code in ERRORS:
+            headers = {"Content-Type": "application/json"} if body else {}
+            answer = await client.request(
+                method, path, content=body, headers={**NAVIGATES, **headers}
+            )
+            assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
+async def test_a_page_that_is_not_for_the_caller_leads_to_the_sign_in(
+    opened: Opened, tokens: dict[str, str]
+) -> None:
+    async with opened() as client:
+        headers = {**NAVIGATES, **bearer(tokens["reader"])}
+        page = await client.post("/things/taken", headers=headers)
+        unknown = await client.post("/things/taken", headers=NAVIGATES)
+    assert (page.status_code, unknown.status_code) == (403, 401)
+    for answer in (page, unknown):
+        assert 'href="/login?next=/"' in answer.text  # what was sent is not sent again
+    assert "auth.forbidden" in page.text
+    assert unknown.headers["www-authenticate"].startswith("Bearer")
 
 
 async def test_an_invalid_request_names_each_fault_by_a_pointer(opened: Opened) -> None:

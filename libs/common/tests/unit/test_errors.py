@@ -35,3 +35,16 @@ def test_a_peers_problem_comes_back_as_the_error_it_was(
     assert error.status == status
     assert error.detail == "why"
     assert error.fields == {"more": 1}
+
+
+def test_every_kind_of_error_says_what_to_do_and_the_wire_does_not_change() -> None:
+    kinds = (
+        *(errors.Invalid, errors.Unauthenticated, errors.Forbidden, errors.NotFound),
+        *(errors.Conflict, errors.TooMany, errors.Unavailable, errors.HostlerError),
+    )
+    advice = {kind("why").advice for kind in kinds}
+    assert len(advice) == len(kinds)
+    assert all(text.endswith(".") for text in advice)
+    unknown = errors.from_problem(418, {"detail": "why"})
+    assert unknown.advice not in advice  # it is not ours, and asking again does not help
+    assert "advice" not in unknown.problem()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typer.testing import CliRunner
 from hostler_common import client, errors, testing
 from hostler_common.testing import RunningService
 from hostler_usage.__main__ import main
-from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step, VolumeLife, VolumeStep
+from hostler_usage.ledger_testing import brief_instance, brief_volume
+from hostler_usage.testing import LARGE, InstanceLife, Step
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -28,48 +30,16 @@ Publish = Callable[..., Awaitable[None]]
 Settled = Callable[[RunningService, int], Awaitable[dict[str, Any]]]
 
 
-def instance(number: int, project: str) -> InstanceLife:
-    return InstanceLife(
-        instance_id=f"00000000-0000-4000-8000-{number:012}",
-        project_id=project,
-        steps=(
-            Step(at=DAY + HOUR, action="create", flavor=SMALL),
-            Step(at=DAY + 3 * HOUR, action="resize", flavor=LARGE),
-            Step(at=DAY + 4 * HOUR, action="stop"),
-            Step(at=DAY + 6 * HOUR, action="delete"),
-        ),
-    )
-
-
-VOLUME = VolumeLife(
-    volume_id="00000000-0000-4000-9000-000000000001",
-    project_id="p2",
-    steps=(
-        VolumeStep(at=DAY, action="create", size_gb=10),
-        VolumeStep(at=DAY + HOUR, action="delete"),
-    ),
+LIVES = tuple(
+    brief_instance(number, project, DAY) for number, project in ((1, "p1"), (2, "p1"), (3, "p2"))
 )
-LIVES = (instance(1, "p1"), instance(2, "p1"), instance(3, "p2"))
-MESSAGES = [m for life in LIVES for m in life.messages()] + VOLUME.messages()
+MESSAGES = [m for life in LIVES for m in life.messages()] + brief_volume("p2", DAY).messages()
 
 
 @pytest.fixture
-def run_with_lives(run_usage: RunUsage, publish: Publish, settled: Settled) -> Any:
-    """The service with all lives folded; calls go to its API."""
-
-    class Run:
-        def __init__(self, **overrides: Any) -> None:
-            self._running = run_usage(**overrides)
-
-        async def __aenter__(self) -> RunningService:
-            service = await self._running.__aenter__()
-            await publish([message.body() for message in MESSAGES])
-            return service
-
-        async def __aexit__(self, *exc: Any) -> None:
-            await self._running.__aexit__(*exc)
-
-    return Run
+def run_with_lives(run_told: RunUsage) -> RunUsage:
+    """The service with all lives folded."""
+    return partial(run_told, MESSAGES)
 
 
 async def rows(api: client.Api, **params: Any) -> list[dict[str, Any]]:
@@ -77,9 +47,8 @@ async def rows(api: client.Api, **params: Any) -> list[dict[str, Any]]:
     return found
 
 
-async def test_usage_is_grouped_as_asked(run_with_lives: Any, settled: Settled) -> None:
+async def test_usage_is_grouped_as_asked(run_with_lives: RunUsage) -> None:
     async with run_with_lives() as service:
-        await settled(service, len(MESSAGES))
         api = service.api
         (total,) = await rows(api)
         assert total["hours"]["instance_hours"] == 15.0
@@ -108,10 +77,9 @@ async def test_usage_is_grouped_as_asked(run_with_lives: Any, settled: Settled) 
 
 
 async def test_usage_is_grouped_by_any_attribute_and_by_local_days(
-    run_with_lives: Any, settled: Settled
+    run_with_lives: RunUsage,
 ) -> None:
     async with run_with_lives() as service:
-        await settled(service, len(MESSAGES))
         api = service.api
         by_both = await rows(api, group_by="vcpus,zone", resource_type="instance")
         assert [(tuple(r["group"].values()), r["hours"]["instance_hours"]) for r in by_both] == [
@@ -194,11 +162,8 @@ async def test_what_moved_is_summed_where_it_moved_and_by_its_label(
         ]
 
 
-async def test_windows_are_additive_to_the_microsecond(
-    run_with_lives: Any, settled: Settled
-) -> None:
+async def test_windows_are_additive_to_the_microsecond(run_with_lives: RunUsage) -> None:
     async with run_with_lives() as service:
-        await settled(service, len(MESSAGES))
         cuts = [
             "2026-05-08T00:00:00Z",
             "2026-05-08T01:23:45.678901Z",
@@ -215,11 +180,8 @@ async def test_windows_are_additive_to_the_microsecond(
         assert parts == whole["unit_microseconds"]
 
 
-async def test_pages_of_usage_and_events_hold_each_row_once(
-    run_with_lives: Any, settled: Settled
-) -> None:
+async def test_pages_of_usage_and_events_hold_each_row_once(run_with_lives: RunUsage) -> None:
     async with run_with_lives() as service:
-        await settled(service, len(MESSAGES))
         seen, marker = [], None
         while True:
             page = await service.api.get(
@@ -243,12 +205,9 @@ async def test_pages_of_usage_and_events_hold_each_row_once(
         assert times == sorted(times, reverse=True)
 
 
-async def test_every_interval_leads_to_the_bodies_it_rests_on(
-    run_with_lives: Any, settled: Settled
-) -> None:
+async def test_every_interval_leads_to_the_bodies_it_rests_on(run_with_lives: RunUsage) -> None:
     bodies = {m.message_id: m.body() for m in MESSAGES}
     async with run_with_lives() as service:
-        await settled(service, len(MESSAGES))
         path = f"/v1/resources/instance/{LIVES[0].instance_id}/intervals"
         history = await service.api.get(path)
         assert [
@@ -270,20 +229,11 @@ async def test_every_interval_leads_to_the_bodies_it_rests_on(
 
 
 async def test_a_reader_of_one_project_sees_that_project_alone(
-    run_with_lives: Any, settled: Settled, tmp_path: Path
+    run_with_lives: RunUsage, tokens: Callable[..., Path]
 ) -> None:
-    tokens = tmp_path / "tokens"
-    lines = [
-        f"{name}:{role}:{projects}:{hashlib.sha256(name.encode()).hexdigest()}"
-        for name, role, projects in (("admin", "admin", "*"), ("alice", "reader", "p1"))
-    ]
-    tokens.write_text("\n".join(lines))
-    async with run_with_lives(auth_mode="token", auth_tokens_file=tokens) as service:
+    callers = {"admin": ("admin", "*"), "alice": ("reader", "p1")}
+    async with run_with_lives(auth_mode="token", auth_tokens_file=tokens(**callers)) as service:
         async with client.open_api(service.url, token="admin") as admin:
-            whole = RunningService(
-                url=service.url, api=admin, settings=service.settings, stop=service.stop
-            )
-            await settled(whole, len(MESSAGES))
             (p2_event,) = (await admin.get("/v1/events", project_id="p2", limit=1))["events"]
         async with client.open_api(service.url, token="alice") as alice:
             assert [r["group"]["project"] for r in await rows(alice, group_by="project")] == ["p1"]
@@ -425,17 +375,15 @@ async def test_the_metrics_count_what_became_of_every_notification(
         await settled(service, 2)
         metrics = await service.api.get("/metrics")
         for line in (
+            "# TYPE hostler_usage_unverified_share gauge",
             'hostler_usage_notifications_total{outcome="stored",source="cloud"} 2.0',
             'hostler_usage_notifications_total{outcome="duplicate",source="cloud"} 1.0',
         ):
             assert line in metrics
 
 
-async def test_the_command_line_reports_usage_and_events(
-    run_with_lives: Any, settled: Settled
-) -> None:
+async def test_the_command_line_reports_usage_and_events(run_with_lives: RunUsage) -> None:
     async with run_with_lives() as service:
-        await settled(service, len(MESSAGES))
 
         def run(*arguments: str) -> str:
             result = CliRunner().invoke(main, [*arguments, "--url", service.url])

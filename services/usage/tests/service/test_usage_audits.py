@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
-from hostler_common import auth, client, db, errors, http, servers, settings
+from hostler_common import client, db, errors
 from hostler_common.testing import eventually
 from hostler_usage import audits_api, audits_cli, operations_api
 from hostler_usage.audit_check_store import AuditCheckStore
@@ -23,15 +23,16 @@ from hostler_usage.audit_report_store import AuditFilter, AuditReportStore
 from hostler_usage.audit_store import mark_for_check, replace_verdicts
 from hostler_usage.audits import AuditStatement, Status, Told
 from hostler_usage.intervals import Interval, Provenance
+from hostler_usage.metrics import Metrics
 from hostler_usage.operation_store import OperationStore
 from hostler_usage.reconciliation import reconcile
-from hostler_usage.settings import Settings
 from hostler_usage.statement import Evidence, ResourceKey, ResourceType, Scalar
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 LONG_AFTER = datetime(2099, 1, 1, tzinfo=UTC)  # every period has settled, and none is expected
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 MICROSECONDS = 3_600_000_000
+ServePart = Callable[..., AbstractAsyncContextManager[tuple[str, dict[str, client.Api]]]]
 Opened = Callable[[], AbstractAsyncContextManager[dict[str, client.Api]]]
 
 
@@ -100,13 +101,6 @@ class Instance:
         )
 
 
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
-
-
 async def fold(pool: db.Pool, *instances: Instance) -> None:
     """As the service's fold: intervals and verdicts in one transaction."""
     async with db.transaction(pool) as connection:
@@ -132,7 +126,15 @@ async def check(pool: db.Pool, hours: float) -> None:
     """The check as of so many hours into the day; the periods were known by then."""
     async with db.connection(pool) as connection:
         await connection.execute("UPDATE audit_period SET first_seen = period_end")
-    await AuditJobs(store=AuditCheckStore(pool=pool)).check_at(DAY + hours * HOUR)
+    await jobs_of(pool).check_at(DAY + hours * HOUR)
+
+
+def jobs_of(pool: db.Pool, registry: CollectorRegistry | None = None) -> AuditJobs:
+    return AuditJobs(
+        store=AuditCheckStore(pool=pool),
+        reports=AuditReportStore(pool=pool),
+        metrics=Metrics(registry or CollectorRegistry()),
+    )
 
 
 async def verdicts(pool: db.Pool, **where: Any) -> list[tuple[str, str, str, int, int]]:
@@ -287,7 +289,7 @@ async def test_checks_and_folds_at_once_end_as_one_after_the_other(pool: db.Pool
     instances = [Instance(f"i{n:02}", host=f"h{n % 3}") for n in range(12)]
     await fold(pool, *instances)
     done = asyncio.Event()
-    jobs = AuditJobs(store=AuditCheckStore(pool=pool))
+    jobs = jobs_of(pool)
     checks = 0
 
     async def keep_checking() -> None:
@@ -328,7 +330,7 @@ async def test_checks_and_folds_at_once_end_as_one_after_the_other(pool: db.Pool
 async def test_who_speaks_while_a_period_waits_to_be_checked_again_was_not_silent(
     pool: db.Pool,
 ) -> None:
-    jobs = AuditJobs(store=AuditCheckStore(pool=pool))
+    jobs = jobs_of(pool)
     spoken, late = Instance("i00", host="h0"), Instance("i01", host="h0")
     elsewhere = Instance("i02", host="h1")
     spoken.audited(0)
@@ -347,53 +349,22 @@ async def test_who_speaks_while_a_period_waits_to_be_checked_again_was_not_silen
 
 
 @pytest.fixture
-def opened(pool: db.Pool, tmp_path: Path) -> Opened:
+def opened(pool: db.Pool, serve_part: ServePart) -> Opened:
     """Clients of the API by what their token may see: all, or one project."""
 
     @asynccontextmanager
     async def run() -> AsyncIterator[dict[str, client.Api]]:
-        tokens = {
-            name: auth.new_token(name=name.replace("*", "all"), role=role, projects=projects)
-            for name, role, projects in (
-                ("all", auth.Role.READER, "*"),
-                ("p1", auth.Role.READER, "p1"),
-                ("agent", auth.Role.AGENT, "*"),
-            )
-        }
-        (tmp_path / "tokens").write_text("\n".join(line for _, line in tokens.values()))
-        loaded = settings.load(
-            Settings,
-            amqp_url="amqp://nowhere/",
-            database_url="postgresql://nowhere/x",
-            http_port=servers.free_port(),
-            auth_tokens_file=tmp_path / "tokens",
-        )
-        app = http.create_app(
-            loaded,
-            title="audits",
-            package="hostler_usage",
-            routers=[audits_api.router, operations_api.router],
-            state={
+        async with serve_part(
+            [audits_api.router, operations_api.router],
+            {
                 "audit_reports": AuditReportStore(pool=pool),
                 "operations": OperationStore(pool=pool),
             },
-        )
-        server = http.Server(app, loaded)
-        running = asyncio.create_task(server.run())
-        try:
-            async with (
-                client.open_api(
-                    f"http://127.0.0.1:{server.port}", token=tokens["all"][0]
-                ) as every,
-                client.open_api(f"http://127.0.0.1:{server.port}", token=tokens["p1"][0]) as one,
-                client.open_api(
-                    f"http://127.0.0.1:{server.port}", token=tokens["agent"][0]
-                ) as agent,
-            ):
-                yield {"all": every, "p1": one, "agent": agent}
-        finally:
-            await server.drain()
-            await running
+            all=("reader", "*"),
+            p1=("reader", "p1"),
+            agent=("agent", "*"),
+        ) as (_, clients):
+            yield clients
 
     return run
 
@@ -508,6 +479,39 @@ async def test_the_report_says_what_share_of_the_usage_no_audit_bears_out(
         assert [row["group"] for row in by_type["report"]] == [
             {"resource_type": "instance", "region": "r1"}
         ]
+
+
+async def test_the_metric_is_the_share_of_the_last_settled_day_by_type(pool: db.Pool) -> None:
+    registry = CollectorRegistry()
+    jobs = jobs_of(pool, registry)
+
+    def shares() -> dict[str, float]:
+        return {
+            sample.labels["resource_type"]: round(sample.value, 6)
+            for metric in registry.collect()
+            for sample in metric.samples
+            if sample.name == "hostler_usage_unverified_share"
+        }
+
+    gone = Instance("i2")
+    gone.ended = DAY + 4 * HOUR
+    await fold(pool, Instance("i1").audited(*range(20)), gone.audited(0, 1, 2, 3))
+    async with db.connection(pool) as connection:
+        await connection.execute(
+            "INSERT INTO usage_interval (region, resource_type, resource_id, starts_at, ends_at,"
+            " project_id, state_class, attributes, opened_by, closed_by, provenance) VALUES"
+            " ('r1', 'network', 'n1', $1, $2, 'p1', 'active', '{}', '[]', '[]', 'events')",
+            DAY + HOUR,
+            DAY + 30 * HOUR,
+        )
+    await jobs.measure_at(DAY + 25 * HOUR)  # the last audits may be on their way
+    assert shares() == {}
+    await jobs.measure_at(DAY + 26 * HOUR)
+    assert shares() == {"instance": round(4 / (24 + 4), 6), "network": 1.0}
+    await jobs.measure_at(DAY + 50 * HOUR)
+    assert shares() == {"instance": 1.0, "network": 1.0}
+    await jobs.measure_at(DAY + 74 * HOUR)  # the network is gone, and its share with it
+    assert shares() == {"instance": 1.0}
 
 
 async def test_a_partial_audit_bears_out_nothing_that_the_hourly_one_denies(

@@ -5,36 +5,32 @@ import base64
 import gzip
 import json
 import random
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from hostler_common import auth, client, db, errors, http, servers, settings
+from hostler_common import client, db, errors
 from hostler_usage import explain, explain_api, explain_cli
-from hostler_usage.envelope import open_body
-from hostler_usage.event import Event, Origin
+from hostler_usage.budget import Membership
+from hostler_usage.event import Origin
 from hostler_usage.explain import HeldPart
 from hostler_usage.explain_store import ExplainStore, Explanation, Question
-from hostler_usage.fold_store import FoldStore
+from hostler_usage.ledger_testing import Ledger, event, instance, with_bandwidth
 from hostler_usage.mapping_file import packaged
 from hostler_usage.measures import Window
 from hostler_usage.normalise import Normaliser
-from hostler_usage.report_store import ReportStore, Scope, UsageFilter
+from hostler_usage.price_store import PriceStore
+from hostler_usage.report_store import Scope, UsageFilter
 from hostler_usage.rollup_store import RollupStore
-from hostler_usage.settings import Settings
-from hostler_usage.store import Store
 from hostler_usage.testing import (
     LARGE,
     SMALL,
-    InstanceLife,
     Message,
     Step,
     VolumeLife,
@@ -56,43 +52,9 @@ GROUPS: tuple[list[str], ...] = (
     ["volume_type", "month"],
     ["label", "day"],
     ["user", "image", "host"],
+    ["group:domain"],
+    ["group:domain", "resource", "day"],
 )
-
-
-def instance(number: int, *steps: Step, project: str = "p1") -> InstanceLife:
-    return InstanceLife(
-        instance_id=f"00000000-0000-4000-8000-{number:012}", project_id=project, steps=steps
-    )
-
-
-def event(body: bytes, encoding: str = "") -> Event:
-    notification = open_body(body, compression=encoding or None)
-    return Event(
-        notification=notification,
-        normalised=NORMALISER.read(notification, region="r1"),
-        body=body,
-        region="r1",
-        origin=replace(ORIGIN, content_encoding=encoding),
-        headers={},
-    )
-
-
-def with_bandwidth(messages: Sequence[Message]) -> list[Message]:
-    return [
-        replace(
-            message,
-            payload={
-                **message.payload,
-                "bandwidth": {
-                    "public": {"bw_in": 1000 + n, "bw_out": 7 * n},
-                    "private": {"bw_in": n, "bw_out": 1},
-                },
-            },
-        )
-        if message.event_type == "compute.instance.exists"
-        else message
-        for n, message in enumerate(messages)
-    ]
 
 
 def world(chance: random.Random) -> list[Message]:
@@ -123,18 +85,12 @@ def world(chance: random.Random) -> list[Message]:
     return messages
 
 
-class Ledger:
-    """The service's stores over one database."""
+class Explained(Ledger):
+    """A ledger that is asked for what its numbers are made of."""
 
     def __init__(self, pool: db.Pool) -> None:
-        self.pool = pool
-        self.reports = ReportStore(pool=pool, mapping=packaged())
+        super().__init__(pool)
         self.explanations = ExplainStore(pool=pool, mapping=packaged())
-
-    async def told(self, events: Sequence[Event]) -> None:
-        await Store(pool=self.pool, writer=uuid.uuid4()).ingest(events)
-        while await FoldStore(pool=self.pool, mapping=packaged()).fold_some():
-            pass
 
     async def explained(self, question: Question, limit: int) -> list[Explanation]:
         """All pages."""
@@ -149,17 +105,28 @@ class Ledger:
 
 
 @pytest.fixture
-async def ledger(database_url: str) -> AsyncIterator[Ledger]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield Ledger(opened)
+def ledger(pool: db.Pool) -> Explained:
+    return Explained(pool)
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_the_parts_of_every_usage_row_add_up_to_it(ledger: Ledger, seed: int) -> None:
+async def test_the_parts_of_every_usage_row_add_up_to_it(ledger: Explained, seed: int) -> None:
     chance = random.Random(seed)
     await ledger.told([event(message.body()) for message in world(chance)])
     await RollupStore(pool=ledger.pool, mapping=packaged()).advance(MARCH + 20 * DAY)
+    moves = sorted(MARCH + chance.randrange(30 * 24 * 60) * timedelta(minutes=1) for _ in range(4))
+    await PriceStore(pool=ledger.pool).put_memberships(
+        "domain",
+        "p1",
+        [  # there and back again, with a time in none
+            Membership(kind="domain", group=group, project="p1", start=start, end=end)
+            for group, start, end in (
+                ("a", MARCH - DAY, moves[0]),
+                ("b", moves[0], moves[1]),
+                ("a", moves[2], moves[3] + HOUR),
+            )
+        ],
+    )
     seen = 0
     for groups in GROUPS:
         start = MARCH + chance.randrange(20 * 24 * 60) * timedelta(minutes=1)
@@ -204,7 +171,36 @@ async def test_the_parts_of_every_usage_row_add_up_to_it(ledger: Ledger, seed: i
     assert seen > 30
 
 
-async def test_a_row_with_an_unknown_group_is_explained_by_an_empty_value(ledger: Ledger) -> None:
+async def test_an_interval_that_a_group_had_twice_is_two_parts_on_pages_of_their_own(
+    ledger: Explained,
+) -> None:
+    life = instance(1, Step(at=MARCH, action="create", flavor=SMALL))
+    await ledger.told(life.messages())
+    edges = [MARCH + n * HOUR for n in (-1, 2, 5, 9)]
+    await PriceStore(pool=ledger.pool).put_memberships(
+        "domain",
+        "p1",
+        [
+            Membership(kind="domain", group=group, project="p1", start=start, end=end)
+            for group, start, end in zip("aba", edges, edges[1:], strict=False)
+        ],
+    )
+    question = Question(
+        measure="instance_hours",
+        window=Window(start=MARCH, end=MARCH + DAY, as_of=MARCH + DAY),
+        groups={"group:domain": "a"},
+    )
+    pages = await ledger.explained(question, limit=1)
+    parts = [part for page in pages for share in page.shares for part in share.parts]
+    assert [
+        (part.counted_from, part.counted_until) for part in parts if isinstance(part, HeldPart)
+    ] == [(MARCH, edges[1]), (edges[2], edges[3])]
+    assert {page.amount for page in pages} == {6 * 3_600_000_000}
+
+
+async def test_a_row_with_an_unknown_group_is_explained_by_an_empty_value(
+    ledger: Explained,
+) -> None:
     life = instance(1, Step(at=MARCH, action="create", flavor=SMALL))
     await ledger.told([event(message.body()) for message in life.messages()])
     window = Window(start=MARCH, end=MARCH + DAY, as_of=MARCH + 9 * DAY)
@@ -217,7 +213,7 @@ async def test_a_row_with_an_unknown_group_is_explained_by_an_empty_value(ledger
 
 
 async def test_an_interval_shows_what_is_counted_of_it_and_who_opened_and_closed_it(
-    ledger: Ledger,
+    ledger: Explained,
 ) -> None:
     life = instance(
         1,
@@ -251,7 +247,7 @@ async def test_an_interval_shows_what_is_counted_of_it_and_who_opened_and_closed
 
 
 async def test_bodies_beyond_the_budget_are_left_out_and_the_rest_is_there(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ledger: Explained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     life = instance(
         1,
@@ -274,7 +270,7 @@ async def test_bodies_beyond_the_budget_are_left_out_and_the_rest_is_there(
 _affordable = explain.affordable
 
 
-async def test_messages_that_are_dropped_are_named_as_not_shown(ledger: Ledger) -> None:
+async def test_messages_that_are_dropped_are_named_as_not_shown(ledger: Explained) -> None:
     life = instance(1, Step(at=MARCH, action="create", flavor=SMALL))
     await ledger.told([event(message.body()) for message in life.messages()])
     window = Window(start=MARCH, end=MARCH + DAY, as_of=MARCH + DAY)
@@ -291,57 +287,23 @@ async def test_messages_that_are_dropped_are_named_as_not_shown(ledger: Ledger) 
 # --- HTTP and the command
 
 Clients = dict[str, client.Api]
+ServePart = Callable[..., AbstractAsyncContextManager[tuple[str, dict[str, client.Api]]]]
 Opened = Callable[[], AbstractAsyncContextManager[tuple[str, Clients]]]
 ASKED = {"start": "2026-03-01T00:00:00Z", "end": "2026-03-02T00:00:00Z"}
 
 
 @pytest.fixture
-def opened(ledger: Ledger, tmp_path: Path) -> Opened:
+def opened(ledger: Explained, serve_part: ServePart) -> Opened:
     """The API's address and clients of it, by what their token may see."""
+    state = {"explanations": ledger.explanations, "reports": ledger.reports}
 
-    @asynccontextmanager
-    async def run() -> AsyncIterator[tuple[str, Clients]]:
-        tokens = {
-            name: auth.new_token(name=name, role=auth.Role.READER, projects=projects)
-            for name, projects in (("all", "*"), ("p1", "p1"))
-        }
-        (tmp_path / "tokens").write_text("\n".join(line for _, line in tokens.values()))
-        loaded = settings.load(
-            Settings,
-            amqp_url="amqp://nowhere/",
-            database_url="postgresql://nowhere/x",
-            http_port=servers.free_port(),
-            auth_tokens_file=tmp_path / "tokens",
-        )
-        app = http.create_app(
-            loaded,
-            title="explain",
-            package="hostler_usage",
-            routers=[explain_api.router],
-            state={"explanations": ledger.explanations, "reports": ledger.reports},
-        )
-        server = http.Server(app, loaded)
-        running = asyncio.create_task(server.run())
-        address = f"http://127.0.0.1:{server.port}"
-        try:
-            async with AsyncExitStack() as stack:
-                yield (
-                    address,
-                    {
-                        name: await stack.enter_async_context(
-                            client.open_api(address, token=token)
-                        )
-                        for name, (token, _) in tokens.items()
-                    },
-                )
-        finally:
-            await server.drain()
-            await running
+    def run() -> AbstractAsyncContextManager[tuple[str, Clients]]:
+        return serve_part([explain_api.router], state, all=("reader", "*"), p1=("reader", "p1"))
 
     return run
 
 
-async def two_projects(ledger: Ledger) -> list[bytes]:
+async def two_projects(ledger: Explained) -> list[bytes]:
     lives = [
         instance(
             number,
@@ -361,7 +323,7 @@ async def two_projects(ledger: Ledger) -> list[bytes]:
 
 
 async def test_one_call_leads_from_a_number_to_the_raw_bodies(
-    ledger: Ledger, opened: Opened
+    ledger: Explained, opened: Opened
 ) -> None:
     bodies = await two_projects(ledger)
     async with opened() as (_, apis):
@@ -387,7 +349,9 @@ async def test_one_call_leads_from_a_number_to_the_raw_bodies(
             assert said["message_id"] == item["message_id"]
 
 
-async def test_a_body_that_is_no_text_is_shown_in_base64(ledger: Ledger, opened: Opened) -> None:
+async def test_a_body_that_is_no_text_is_shown_in_base64(
+    ledger: Explained, opened: Opened
+) -> None:
     life = instance(1, Step(at=MARCH, action="create", flavor=SMALL))
     packed = [gzip.compress(message.body()) for message in life.messages()]
     await ledger.told([event(body, "gzip") for body in packed])
@@ -400,7 +364,7 @@ async def test_a_body_that_is_no_text_is_shown_in_base64(ledger: Ledger, opened:
 
 
 async def test_a_project_is_explained_its_own_numbers_without_bodies(
-    ledger: Ledger, opened: Opened
+    ledger: Explained, opened: Opened
 ) -> None:
     await two_projects(ledger)
     async with opened() as (_, apis):
@@ -418,7 +382,7 @@ async def test_a_project_is_explained_its_own_numbers_without_bodies(
 
 
 async def test_a_message_of_another_project_is_cited_and_not_shown(
-    ledger: Ledger, opened: Opened
+    ledger: Explained, opened: Opened
 ) -> None:
     """What ended a volume's time with one project is told by a message of the next one's."""
     volume = VolumeLife(
@@ -440,7 +404,9 @@ async def test_a_message_of_another_project_is_cited_and_not_shown(
         assert every["not_shown"] == []
 
 
-async def test_what_cannot_be_asked_is_refused_with_a_code(ledger: Ledger, opened: Opened) -> None:
+async def test_what_cannot_be_asked_is_refused_with_a_code(
+    ledger: Explained, opened: Opened
+) -> None:
     del ledger
     async with opened() as (_, apis):
         for changes, code in (
@@ -469,7 +435,7 @@ async def test_what_cannot_be_asked_is_refused_with_a_code(ledger: Ledger, opene
 
 
 async def test_the_command_prints_all_pages_of_an_explanation(
-    ledger: Ledger, opened: Opened, monkeypatch: pytest.MonkeyPatch
+    ledger: Explained, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await two_projects(ledger)
     monkeypatch.setattr(explain_cli, "_PAGE", 1)

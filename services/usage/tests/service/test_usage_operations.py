@@ -1,24 +1,22 @@
 """Operations on a real PostgreSQL, and their API: lists, profiles, and who may see what."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostler_common import auth, client, db, errors, http, servers, settings
+from hostler_common import client, db, errors
 from hostler_usage import operations_api
 from hostler_usage.mapping import Phase
 from hostler_usage.operation_store import OperationStore, replace_operations
 from hostler_usage.operations import Mark, pair
-from hostler_usage.settings import Settings
 from hostler_usage.statement import Evidence, ResourceKey, ResourceType
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
+ServePart = Callable[..., AbstractAsyncContextManager[tuple[str, dict[str, client.Api]]]]
 Opened = Callable[[], AbstractAsyncContextManager[dict[str, client.Api]]]
 
 
@@ -58,13 +56,6 @@ def took(action: str, seconds: float, start: datetime = DAY, **about: Any) -> li
     ]
 
 
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
-
-
 async def fold(pool: db.Pool, marks: dict[ResourceKey, list[Mark]]) -> None:
     async with db.transaction(pool) as connection:
         await replace_operations(
@@ -74,47 +65,19 @@ async def fold(pool: db.Pool, marks: dict[ResourceKey, list[Mark]]) -> None:
 
 
 @pytest.fixture
-def opened(pool: db.Pool, tmp_path: Path) -> Opened:
+def opened(pool: db.Pool, serve_part: ServePart) -> Opened:
     """Clients of the API by what their token may see: all, or one project."""
 
     @asynccontextmanager
     async def run() -> AsyncIterator[dict[str, client.Api]]:
-        tokens = {
-            name: auth.new_token(name=name, role=role, projects=projects)
-            for name, role, projects in (
-                ("all", auth.Role.READER, "*"),
-                ("p1", auth.Role.READER, "p1"),
-                ("agent", auth.Role.AGENT, "*"),
-            )
-        }
-        (tmp_path / "tokens").write_text("\n".join(line for _, line in tokens.values()))
-        loaded = settings.load(
-            Settings,
-            amqp_url="amqp://nowhere/",
-            database_url="postgresql://nowhere/x",
-            http_port=servers.free_port(),
-            auth_tokens_file=tmp_path / "tokens",
-        )
-        app = http.create_app(
-            loaded,
-            title="operations",
-            package="hostler_usage",
-            routers=[operations_api.router],
-            state={"operations": OperationStore(pool=pool)},
-        )
-        server = http.Server(app, loaded)
-        running = asyncio.create_task(server.run())
-        address = f"http://127.0.0.1:{server.port}"
-        try:
-            async with (
-                client.open_api(address, token=tokens["all"][0]) as every,
-                client.open_api(address, token=tokens["p1"][0]) as one,
-                client.open_api(address, token=tokens["agent"][0]) as agent,
-            ):
-                yield {"all": every, "p1": one, "agent": agent}
-        finally:
-            await server.drain()
-            await running
+        async with serve_part(
+            [operations_api.router],
+            {"operations": OperationStore(pool=pool)},
+            all=("reader", "*"),
+            p1=("reader", "p1"),
+            agent=("agent", "*"),
+        ) as (_, clients):
+            yield clients
 
     return run
 

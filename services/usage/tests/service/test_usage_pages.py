@@ -124,6 +124,11 @@ async def site(
             return len(stored) == len(sent) and len(kept) == 2 and not usage["unfolded_resources"]
 
         await eventually(holds)
+        await api.put("/v1/price-books/default", BOOK)
+        limit = {"amount": 9, "price_book": "default"}
+        for number, project in enumerate(("p1", "p2", ODD)):
+            document = {"subject": {"projects": [project]}, "limit": limit, "period": "month"}
+            await api.put(f"/v1/budgets/b{number}", document)
         yield Site(url=service.url, session=session, secrets=secrets, api=api)
 
 
@@ -131,7 +136,15 @@ def _text(moment: datetime) -> str:
     return moment.isoformat()
 
 
-PAGES = ("/", "/projects", "/projects/p1", "/audits", "/operations", "/events")
+PAGES = (
+    *("/", "/projects", "/projects/p1", "/audits", "/operations", "/events"),
+    *("/costs", "/costs?group_by=resource", "/budgets", "/periods"),
+)
+BOOK = {
+    "currency": "EUR",
+    "public": True,
+    "prices": [{"name": "hours", "measure": "instance_hours", "price": "1"}],
+}
 
 
 async def test_pages_say_what_the_api_says(site: Site) -> None:
@@ -237,6 +250,16 @@ BAD_QUESTIONS = {
     "/events?event_type=%00": "request.invalid",
     "/events/nonsense": "usage.event.not_found",
     "/resources/instance/nonsense": "usage.resource.not_found",
+    "/costs?group_by=nonsense": "usage.group_by.unknown",
+    "/costs?group_by=group:Nonsense": "usage.group_by.unknown",
+    "/costs?price_book=nobody": "usage.price_book.not_found",
+    "/costs?price_book=../x": "request.invalid",
+    "/budgets?marker=%00": "request.invalid",
+    "/v1/budgets?marker=%00": "request.invalid",
+    "/v1/price-books?marker=%00": "request.invalid",
+    "/periods?marker=nonsense": "usage.marker.invalid",
+    "/periods/nonsense": "usage.period.not_found",
+    "/periods/nonsense?of=nonsense": "request.invalid",
     "/quarantine/999999": "quarantine.not_found",
     "/quarantine/0": "request.invalid",
     "/static/usage/../settings.py": "http.404",
@@ -271,6 +294,9 @@ async def test_fields_that_nobody_filled_in_ask_for_nothing(site: Site) -> None:
     assert ALICES.instance_id in await site.page("/events", **empty, event_type="", marker="")
     assert "create" in await site.page("/operations", **empty, flavor="")
     assert "vCPU hours by day" in await site.page("/", month="", measure="")
+    costs = await site.page("/costs", month="", price_book="", group_by="", project_id="")
+    assert "Costs by day in EUR" in costs
+    assert "b2" in await site.page("/budgets", marker="")
     # a time without a zone is UTC
     day = f"{NOW + timedelta(days=1):%Y-%m-%dT%H:%M}"
     assert "No stored message is like that" in await site.page("/events", start=day)

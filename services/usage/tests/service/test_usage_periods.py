@@ -6,13 +6,11 @@ import json
 import random
 import signal
 import sys
-import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -20,28 +18,24 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hostler_common import auth, client, db, errors, http, servers, settings
+from hostler_common import client, db, errors
 from hostler_common.testing import eventually
 from hostler_usage import periods_api, periods_cli
-from hostler_usage.envelope import open_body
-from hostler_usage.event import Event, Origin
-from hostler_usage.fold_store import FoldStore
+from hostler_usage.event import Origin
+from hostler_usage.ledger_testing import Ledger, event, instance, with_bandwidth
 from hostler_usage.mapping_file import packaged
 from hostler_usage.measures import Window
 from hostler_usage.normalise import Normaliser
 from hostler_usage.period import LineKey
 from hostler_usage.period_jobs import PeriodJobs
 from hostler_usage.period_store import PeriodBlocked, PeriodClosed, PeriodStore
-from hostler_usage.report_store import ReportStore, UsageFilter
+from hostler_usage.report_store import UsageFilter
 from hostler_usage.rollup_store import RollupStore
-from hostler_usage.settings import Settings
 from hostler_usage.statement import ResourceKey
-from hostler_usage.store import Store
 from hostler_usage.testing import (
     LARGE,
     MEDIUM,
     SMALL,
-    InstanceLife,
     Message,
     Step,
     VolumeLife,
@@ -60,71 +54,17 @@ def at(month: int, day: int, hour: int = 0) -> datetime:
     return datetime(2026, month, day, hour, tzinfo=UTC)
 
 
-def instance(number: int, *steps: Step, project: str = "p1") -> InstanceLife:
-    return InstanceLife(
-        instance_id=f"00000000-0000-4000-8000-{number:012}", project_id=project, steps=steps
-    )
-
-
-def event(message: Message) -> Event:
-    body = message.body()
-    notification = open_body(body)
-    return Event(
-        notification=notification,
-        normalised=NORMALISER.read(notification, region="r1"),
-        body=body,
-        region="r1",
-        origin=ORIGIN,
-        headers={},
-    )
-
-
-def with_bandwidth(messages: Sequence[Message]) -> list[Message]:
-    """The messages; legacy audits say what went over a network, too."""
-    return [
-        replace(
-            message,
-            payload={
-                **message.payload,
-                "bandwidth": {"public": {"bw_in": 1000 + n, "bw_out": 7 * n}},
-            },
-        )
-        if message.event_type == "compute.instance.exists"
-        else message
-        for n, message in enumerate(messages)
-    ]
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
-
-
 def periods_of(pool: db.Pool, **changes: Any) -> PeriodStore:
     values: dict[str, Any] = {"time_zone": "UTC", "settle": SETTLE, "kinds": KINDS, **changes}
     return PeriodStore(pool=pool, mapping=packaged(), **values)
 
 
-class Ledger:
-    """The service's stores over one database."""
+class Months(Ledger):
+    """A ledger with periods."""
 
     def __init__(self, pool: db.Pool) -> None:
-        self.pool = pool
-        self.store = Store(pool=pool, writer=uuid.uuid4())
-        self.folds = FoldStore(pool=pool, mapping=packaged())
+        super().__init__(pool)
         self.periods = periods_of(pool)
-        self.reports = ReportStore(pool=pool, mapping=packaged())
-
-    async def told(self, messages: Sequence[Message]) -> None:
-        """They are stored and folded."""
-        await self.store.ingest([event(message) for message in messages])
-        await self.fold()
-
-    async def fold(self) -> None:
-        while await self.folds.fold_some():
-            pass
 
     async def make(self, now: datetime) -> list[str]:
         await RollupStore(pool=self.pool, mapping=packaged()).advance(now)
@@ -185,8 +125,8 @@ class Ledger:
 
 
 @pytest.fixture
-def ledger(pool: db.Pool) -> Ledger:
-    return Ledger(pool)
+def ledger(pool: db.Pool) -> Months:
+    return Months(pool)
 
 
 def world(chance: random.Random) -> list[Message]:
@@ -223,7 +163,7 @@ def world(chance: random.Random) -> list[Message]:
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_frozen_lines_and_adjustments_are_what_usage_says_whatever_comes_late(
-    ledger: Ledger, seed: int
+    ledger: Months, seed: int
 ) -> None:
     chance = random.Random(seed)
     messages = world(chance)
@@ -236,7 +176,7 @@ async def test_frozen_lines_and_adjustments_are_what_usage_says_whatever_comes_l
     closed: list[str] = []
     for first in range(0, len(messages), 25):
         some = messages[first : first + 25]
-        await ledger.store.ingest([event(message) for message in some])
+        await ledger.store.ingest([event(message.body()) for message in some])
         if chance.random() < 0.7:
             await ledger.fold()
         share = first / len(messages)
@@ -258,7 +198,7 @@ async def test_frozen_lines_and_adjustments_are_what_usage_says_whatever_comes_l
     assert any(corrections)  # or the test has seen nothing
 
 
-async def test_a_period_is_what_usage_says_of_its_month(ledger: Ledger) -> None:
+async def test_a_period_is_what_usage_says_of_its_month(ledger: Months) -> None:
     life = instance(
         1,
         Step(at=at(3, 30), action="create", flavor=SMALL),
@@ -282,7 +222,7 @@ async def test_a_period_is_what_usage_says_of_its_month(ledger: Ledger) -> None:
 
 
 async def test_a_delete_that_comes_late_is_an_adjustment_that_names_its_message(
-    ledger: Ledger,
+    ledger: Months,
 ) -> None:
     life = instance(
         1,
@@ -310,7 +250,7 @@ async def test_a_delete_that_comes_late_is_an_adjustment_that_names_its_message(
     assert await ledger.adjustments("2026-05", charged=True) == await ledger.adjustments("2026-04")
 
 
-async def test_an_adjustment_that_undoes_another_is_a_row_of_its_own(ledger: Ledger) -> None:
+async def test_an_adjustment_that_undoes_another_is_a_row_of_its_own(ledger: Months) -> None:
     life = instance(
         1,
         Step(at=at(3, 30), action="create", flavor=SMALL),
@@ -342,7 +282,7 @@ async def test_an_adjustment_that_undoes_another_is_a_row_of_its_own(ledger: Led
 
 
 async def test_changes_that_cancel_out_before_they_are_written_leave_no_row(
-    ledger: Ledger,
+    ledger: Months,
 ) -> None:
     life = instance(
         1,
@@ -367,7 +307,7 @@ async def test_changes_that_cancel_out_before_they_are_written_leave_no_row(
     assert await ledger.adjustments("2026-04") == []
 
 
-async def test_what_is_younger_than_every_closed_period_is_not_noted(ledger: Ledger) -> None:
+async def test_what_is_younger_than_every_closed_period_is_not_noted(ledger: Months) -> None:
     life = instance(
         1,
         Step(at=at(4, 3), action="create", flavor=SMALL),
@@ -382,7 +322,7 @@ async def test_what_is_younger_than_every_closed_period_is_not_noted(ledger: Led
     assert await ledger.periods.adjust() == (0, 0)
 
 
-async def test_what_is_closed_cannot_be_edited(ledger: Ledger) -> None:
+async def test_what_is_closed_cannot_be_edited(ledger: Months) -> None:
     life = instance(1, Step(at=at(4, 3), action="create", flavor=SMALL))
     await ledger.told(life.messages()[:-2])
     await ledger.make(at(5, 2))
@@ -404,7 +344,7 @@ async def test_what_is_closed_cannot_be_edited(ledger: Ledger) -> None:
 
 
 async def test_a_period_closes_by_itself_once_it_has_settled_and_nothing_is_behind(
-    ledger: Ledger,
+    ledger: Months,
 ) -> None:
     jobs = PeriodJobs(store=replace(ledger.periods, fold_patience=timedelta(0)))
     life = instance(1, Step(at=at(4, 3), action="create", flavor=SMALL))
@@ -418,7 +358,7 @@ async def test_a_period_closes_by_itself_once_it_has_settled_and_nothing_is_behi
 
     assert await states(at(5, 3, 23)) == {"2026-05": "open", "2026-04": "settling"}
     late = instance(2, Step(at=at(4, 5), action="create", flavor=SMALL)).messages()
-    await ledger.store.ingest([event(message) for message in late])  # and not folded
+    await ledger.store.ingest([event(message.body()) for message in late])  # and not folded
     await jobs.turn_at(at(5, 4, 1))
     assert (await states(at(5, 4, 1)))["2026-04"] == "settling"
     april = (await ledger.periods.period("2026-04")).period
@@ -444,7 +384,7 @@ async def test_a_period_closes_by_itself_once_it_has_settled_and_nothing_is_behi
 
 
 async def test_no_period_closes_while_it_runs_and_one_behind_closes_by_overruling_alone(
-    ledger: Ledger,
+    ledger: Months,
 ) -> None:
     await ledger.make(at(4, 4))
     with pytest.raises(PeriodBlocked, match="it runs until"):
@@ -463,7 +403,7 @@ async def test_no_period_closes_while_it_runs_and_one_behind_closes_by_overrulin
 
 
 async def test_months_are_those_of_the_time_zone_and_never_overlap_when_it_changes(
-    ledger: Ledger,
+    ledger: Months,
 ) -> None:
     await ledger.make(at(3, 20))
     there = replace(ledger.periods, time_zone="America/New_York")
@@ -477,7 +417,7 @@ async def test_months_are_those_of_the_time_zone_and_never_overlap_when_it_chang
     }
 
 
-async def test_replicas_at_once_close_once_and_write_each_change_once(ledger: Ledger) -> None:
+async def test_replicas_at_once_close_once_and_write_each_change_once(ledger: Months) -> None:
     lives = [
         instance(
             number,
@@ -522,17 +462,17 @@ async def waits_for_a_lock(pool: db.Pool, task: "asyncio.Task[None]") -> None:
     await eventually(holds)
 
 
-async def told_and_not_folded(ledger: Ledger) -> list[ResourceKey]:
+async def told_and_not_folded(ledger: Months) -> list[ResourceKey]:
     life = instance(1, Step(at=at(4, 3), action="create", flavor=SMALL))
     for now in (at(4, 4), at(5, 2)):
         await ledger.make(now)
-    events = [event(item) for item in life.messages()]
+    events = [event(item.body()) for item in life.messages()]
     await ledger.store.ingest(events)
     return sorted({said.resource for one in events for said in one.normalised.said})
 
 
 async def test_a_closing_waits_for_the_fold_that_runs_and_freezes_what_it_did(
-    ledger: Ledger,
+    ledger: Months,
 ) -> None:
     keys = await told_and_not_folded(ledger)
     async with db.transaction(ledger.pool) as connection:
@@ -544,7 +484,7 @@ async def test_a_closing_waits_for_the_fold_that_runs_and_freezes_what_it_did(
 
 
 async def test_a_fold_waits_for_the_closing_that_runs_and_notes_what_it_does(
-    ledger: Ledger,
+    ledger: Months,
 ) -> None:
     await told_and_not_folded(ledger)
     async with db.transaction(ledger.pool) as connection:
@@ -563,6 +503,7 @@ import asyncio, os, signal, sys
 from datetime import UTC, datetime, timedelta
 from hostler_common import db
 from hostler_usage import period_store
+from hostler_usage.ledger_testing import Ledger, event, instance, with_bandwidth
 from hostler_usage.mapping_file import packaged
 
 url, where = sys.argv[1:]
@@ -588,7 +529,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("where", ["_freeze", "_write"])
 async def test_a_process_that_is_killed_leaves_all_or_nothing_and_the_next_turn_does_the_rest(
-    ledger: Ledger, database_url: str, where: str
+    ledger: Months, database_url: str, where: str
 ) -> None:
     life = instance(
         1, Step(at=at(4, 3), action="create", flavor=SMALL), Step(at=at(4, 9), action="delete")
@@ -614,7 +555,7 @@ async def test_a_process_that_is_killed_leaves_all_or_nothing_and_the_next_turn_
     assert len({(row["resource_id"], row["measure"]) for row in again}) == len(again) == 4
 
 
-async def test_a_measure_that_is_added_later_is_not_in_a_closed_period(ledger: Ledger) -> None:
+async def test_a_measure_that_is_added_later_is_not_in_a_closed_period(ledger: Months) -> None:
     """Adjustments are by the measures of the closing."""
     life = instance(
         1, Step(at=at(4, 3), action="create", flavor=SMALL), Step(at=at(4, 9), action="delete")
@@ -635,61 +576,30 @@ async def test_a_measure_that_is_added_later_is_not_in_a_closed_period(ledger: L
 # --- HTTP and commands
 
 Clients = dict[str, client.Api]
+ServePart = Callable[..., AbstractAsyncContextManager[tuple[str, dict[str, client.Api]]]]
 Opened = Callable[[], AbstractAsyncContextManager[tuple[str, Clients]]]
 
 
 @pytest.fixture
-def opened(ledger: Ledger, tmp_path: Path) -> Opened:
+def opened(ledger: Months, serve_part: ServePart) -> Opened:
     """The API's address and clients of it, by what their token may do and see."""
 
-    @asynccontextmanager
-    async def run() -> AsyncIterator[tuple[str, Clients]]:
-        tokens = {
-            name: auth.new_token(name=name, role=role, projects=projects)
-            for name, role, projects in (
-                ("admin", auth.Role.ADMIN, "*"),
-                ("reader", auth.Role.READER, "*"),
-                ("p1", auth.Role.READER, "p1"),
-                ("admin-p1", auth.Role.ADMIN, "p1"),
-            )
-        }
-        (tmp_path / "tokens").write_text("\n".join(line for _, line in tokens.values()))
-        loaded = settings.load(
-            Settings,
-            amqp_url="amqp://nowhere/",
-            database_url="postgresql://nowhere/x",
-            http_port=servers.free_port(),
-            auth_tokens_file=tmp_path / "tokens",
+    def run() -> AbstractAsyncContextManager[tuple[str, Clients]]:
+        return serve_part(
+            [periods_api.router],
+            {"periods": ledger.periods},
+            **{
+                "admin": ("admin", "*"),
+                "reader": ("reader", "*"),
+                "p1": ("reader", "p1"),
+                "admin-p1": ("admin", "p1"),
+            },
         )
-        app = http.create_app(
-            loaded,
-            title="periods",
-            package="hostler_usage",
-            routers=[periods_api.router],
-            state={"periods": ledger.periods},
-        )
-        server = http.Server(app, loaded)
-        running = asyncio.create_task(server.run())
-        address = f"http://127.0.0.1:{server.port}"
-        try:
-            async with AsyncExitStack() as stack:
-                yield (
-                    address,
-                    {
-                        name: await stack.enter_async_context(
-                            client.open_api(address, token=token)
-                        )
-                        for name, (token, _) in tokens.items()
-                    },
-                )
-        finally:
-            await server.drain()
-            await running
 
     return run
 
 
-async def two_projects(ledger: Ledger) -> None:
+async def two_projects(ledger: Months) -> None:
     """April of two projects is there to be closed, and one's delete is not told yet."""
     for number, project in enumerate(("p1", "p2")):
         life = instance(
@@ -702,7 +612,7 @@ async def two_projects(ledger: Ledger) -> None:
     await ledger.make(at(5, 2))
 
 
-async def late_deletes(ledger: Ledger) -> None:
+async def late_deletes(ledger: Months) -> None:
     for number, project in enumerate(("p1", "p2")):
         life = instance(
             number,
@@ -714,7 +624,7 @@ async def late_deletes(ledger: Ledger) -> None:
     await ledger.periods.adjust()
 
 
-async def test_the_hash_of_the_lines_is_the_manifests(ledger: Ledger, opened: Opened) -> None:
+async def test_the_hash_of_the_lines_is_the_manifests(ledger: Months, opened: Opened) -> None:
     await two_projects(ledger)
     async with opened() as (_, apis):
         closed = await apis["admin"].post("/v1/periods/2026-04/close")
@@ -744,7 +654,7 @@ async def test_the_hash_of_the_lines_is_the_manifests(ledger: Ledger, opened: Op
 
 
 async def test_closing_twice_with_one_key_answers_alike_and_without_is_a_conflict(
-    ledger: Ledger, opened: Opened
+    ledger: Months, opened: Opened
 ) -> None:
     await two_projects(ledger)
     async with opened() as (_, apis):
@@ -761,7 +671,7 @@ async def test_closing_twice_with_one_key_answers_alike_and_without_is_a_conflic
         assert refused.value.code == "request.idempotency_key_reused"
 
 
-async def test_only_admins_of_every_project_close_a_period(ledger: Ledger, opened: Opened) -> None:
+async def test_only_admins_of_every_project_close_a_period(ledger: Months, opened: Opened) -> None:
     await two_projects(ledger)
     async with opened() as (_, apis):
         for name in ("reader", "p1", "admin-p1"):
@@ -771,7 +681,7 @@ async def test_only_admins_of_every_project_close_a_period(ledger: Ledger, opene
 
 
 async def test_a_project_sees_its_own_lines_and_adjustments_and_no_others_totals(
-    ledger: Ledger, opened: Opened
+    ledger: Months, opened: Opened
 ) -> None:
     await two_projects(ledger)
     async with opened() as (_, apis):
@@ -793,7 +703,7 @@ async def test_a_project_sees_its_own_lines_and_adjustments_and_no_others_totals
 
 
 async def test_adjustments_and_periods_are_paged_without_loss(
-    ledger: Ledger, opened: Opened
+    ledger: Months, opened: Opened
 ) -> None:
     await two_projects(ledger)
     async with opened() as (_, apis):
@@ -816,7 +726,7 @@ async def test_adjustments_and_periods_are_paged_without_loss(
             assert len(whole) > 1
 
 
-async def test_bad_requests_are_refused_with_a_code(ledger: Ledger, opened: Opened) -> None:
+async def test_bad_requests_are_refused_with_a_code(ledger: Months, opened: Opened) -> None:
     await two_projects(ledger)
     async with opened() as (_, apis):
         reader = apis["reader"]
@@ -843,7 +753,7 @@ async def test_bad_requests_are_refused_with_a_code(ledger: Ledger, opened: Open
 
 
 async def test_verify_recomputes_the_manifest_and_finds_a_line_that_was_changed(
-    ledger: Ledger, opened: Opened, monkeypatch: pytest.MonkeyPatch
+    ledger: Months, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await two_projects(ledger)
     commands = typer.Typer()

@@ -1,7 +1,6 @@
 """Price books, costs, budgets and groups of projects over a real ledger, through the API."""
 
 import asyncio
-import hashlib
 import json
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,8 +21,9 @@ from hostler_common.testing import RunningService
 from hostler_usage.__main__ import main
 from hostler_usage.budget import Subject
 from hostler_usage.budget_messages import crossing_message
+from hostler_usage.ledger_testing import brief_instance, brief_volume
 from hostler_usage.price_store import Crossing, PriceStore
-from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step, VolumeLife, VolumeStep
+from hostler_usage.testing import LARGE, InstanceLife, Step
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -34,30 +34,13 @@ Settled = Callable[[RunningService, int], Awaitable[dict[str, Any]]]
 RunPriced = Callable[..., AbstractAsyncContextManager[RunningService]]
 
 
-def instance(number: int, project: str, start: datetime = DAY) -> InstanceLife:
-    """Small for two hours, large for one, large and stopped for two."""
-    return InstanceLife(
-        instance_id=f"00000000-0000-4000-8000-{number:012}",
-        project_id=project,
-        steps=(
-            Step(at=start + HOUR, action="create", flavor=SMALL),
-            Step(at=start + 3 * HOUR, action="resize", flavor=LARGE),
-            Step(at=start + 4 * HOUR, action="stop"),
-            Step(at=start + 6 * HOUR, action="delete"),
-        ),
-    )
-
-
-VOLUME = VolumeLife(
-    volume_id="00000000-0000-4000-9000-000000000001",
-    project_id="p2",
-    steps=(
-        VolumeStep(at=DAY, action="create", size_gb=10),
-        VolumeStep(at=DAY + HOUR, action="delete"),
-    ),
+LIVES = (
+    brief_instance(1, "p1", DAY),
+    brief_instance(2, "p1", DAY + 24 * HOUR),
+    brief_instance(3, "p2", DAY),
+    brief_volume("p2", DAY),
 )
-LIVES = (instance(1, "p1"), instance(2, "p1", DAY + 24 * HOUR), instance(3, "p2"))
-MESSAGES = [m for life in LIVES for m in life.messages()] + VOLUME.messages()
+MESSAGES = [m for life in LIVES for m in life.messages()]
 FREE = ["vcpu_hours", "ram_mb_hours", "local_gb_hours", "fixed_ip_hours", "volume_hours"]
 BOOK: dict[str, Any] = {
     "currency": "EUR",
@@ -90,28 +73,17 @@ ALWAYS = {"from": "2026-05-01", "until": "2099-01-01"}
 
 
 @pytest.fixture
-def run_priced(run_usage: RunUsage, publish: Publish, settled: Settled) -> RunPriced:
-    """The service with all lives folded."""
+def run_priced(run_told: RunUsage) -> RunPriced:
+    """The service with all lives folded, and a book to price them by."""
 
     @asynccontextmanager
     async def run(**overrides: Any) -> AsyncIterator[RunningService]:
-        async with run_usage(budget_seconds=0.2, **overrides) as service:
-            await publish([message.body() for message in MESSAGES])
-            if overrides.get("auth_mode") == "token":
-                async with client.open_api(service.url, token="admin") as admin:
-                    await settled(
-                        RunningService(
-                            url=service.url,
-                            api=admin,
-                            settings=service.settings,
-                            stop=service.stop,
-                        ),
-                        len(MESSAGES),
-                    )
-                    await admin.put("/v1/price-books/default", BOOK)
-            else:
-                await settled(service, len(MESSAGES))
-                await service.api.put("/v1/price-books/default", BOOK)
+        is_guarded = overrides.get("auth_mode") == "token"
+        async with (
+            run_told(MESSAGES, budget_seconds=0.2, **overrides) as service,
+            client.open_api(service.url, token="admin" if is_guarded else None) as admin,
+        ):
+            await admin.put("/v1/price-books/default", BOOK)
             yield service
 
     return run
@@ -415,8 +387,33 @@ async def test_costs_follow_a_project_from_group_to_group(run_priced: RunPriced)
         ]
 
 
+async def test_tiers_stand_where_they_stood_when_a_project_changed_its_group(
+    run_priced: RunPriced,
+) -> None:
+    """Five hours at 1 in the first group, five at 0.1 in the second: not the mean in both."""
+    moved = "2026-05-08T23:00:00Z"
+    async with run_priced() as service:
+        api = service.api
+        await api.put("/v1/price-books/tiered", TIERED)
+        memberships = [
+            {"group": "research", "valid_until": moved},
+            {"group": "sales", "valid_from": moved},
+        ]
+        await api.put("/v1/project-groups/cost_center/p1", {"memberships": memberships})
+        found = await costs(
+            api,
+            end="2026-05-10T00:00:00Z",
+            group_by="group:cost_center",
+            project_id="p1",
+            price_book="tiered",
+        )
+        assert found == {"research": "5.00", "sales": "0.50"}
+
+
 BAD_QUESTIONS = {
     "group_by=colour": "usage.group_by.unknown",
+    "group_by=group:": "usage.group_by.unknown",
+    "group_by=group:no\0": "usage.group_by.unknown",
     "group_by=hour": "usage.group_by.unknown",
     "group_by=day&time_zone=Europe": "usage.group_by.unknown",
     "price_book=nobody": "usage.price_book.not_found",
@@ -724,23 +721,17 @@ async def test_a_project_is_in_one_group_of_a_kind_at_a_time(
 
 
 async def test_a_project_sees_its_own_costs_prices_and_budgets_alone(
-    run_priced: RunPriced, tmp_path: Path
+    run_priced: RunPriced, tokens: Callable[..., Path]
 ) -> None:
-    tokens = tmp_path / "tokens"
-    tokens.write_text(
-        "\n".join(
-            f"{name}:{role}:{projects}:{hashlib.sha256(name.encode()).hexdigest()}"
-            for name, role, projects in (
-                ("admin", "admin", "*"),
-                ("alice", "reader", "p1"),
-                ("bound", "admin", "p1"),
-                ("reader", "reader", "*"),
-            )
-        )
-    )
+    callers = {
+        "admin": ("admin", "*"),
+        "alice": ("reader", "p1"),
+        "bound": ("admin", "p1"),
+        "reader": ("reader", "*"),
+    }
     special = {**BOOK["prices"][1], "name": "deal", "price": "0.01", "match": {"project": "p2"}}
     group = {"group": {"kind": "cost_center", "name": "research"}}
-    async with run_priced(auth_mode="token", auth_tokens_file=tokens) as service:
+    async with run_priced(auth_mode="token", auth_tokens_file=tokens(**callers)) as service:
         async with client.open_api(service.url, token="admin") as admin:
             await admin.put(
                 "/v1/price-books/default", {**BOOK, "prices": [special, *BOOK["prices"]]}

@@ -239,7 +239,7 @@ def statement(**changes: object) -> Statement:
         phase=Phase.END,
         request_id="r1",
     )
-    return replace(base, **changes)  # type: ignore[arg-type]  # a test's own fields
+    return base._replace(**changes)  # type: ignore[arg-type]  # a test's own fields
 
 
 def test_a_mark_is_read_from_a_statement() -> None:
@@ -339,7 +339,7 @@ def test_twins_add_witnesses_and_no_operations(given_marks: list[Mark]) -> None:
         replace(
             item,
             at=item.at,
-            evidence=replace(item.evidence, message_id=f"twin of {item.evidence.message_id}"),
+            evidence=item.evidence._replace(message_id=f"twin of {item.evidence.message_id}"),
         )
         for item in given_marks
     ]
