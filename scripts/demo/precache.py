@@ -61,6 +61,7 @@ async def start_agent(stage: Stage, host: str) -> Path:
             "HOSTLER_AGENT_HOST": host,
             "HOSTLER_AGENT_PARTS": "precache",
             "HOSTLER_AGENT_HTTP_PORT": str(port),
+            "HOSTLER_PRECACHE_PLACER": "directory",
             "HOSTLER_PRECACHE_TARGET_DIR": str(place),
             "HOSTLER_PRECACHE_REPORT_SECONDS": "0.25",
         },

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -150,6 +151,18 @@ class Liar:
         )
 
 
+def certificate_files(directory: Path, name: str = "peer") -> tuple[Path, Path, Path]:
+    """Certificate, key and authority of a peer at 127.0.0.1: the certificate is its own authority."""
+    certificate, key = directory / f"{name}-certificate.pem", directory / f"{name}-key.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30"
+        f" -subj /CN={name} -addext subjectAltName=IP:127.0.0.1,DNS:localhost"
+    )
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)  # noqa: S603  a test's own
+    return certificate, key, certificate
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """A program of the suite in a process of its own."""
@@ -195,6 +208,7 @@ async def agent_process(
         "HOSTLER_AGENT_HTTP_PORT": str(port),
         "HOSTLER_PRECACHE_URL": precache_url,
         "HOSTLER_PRECACHE_TARGET_DIR": str(directory),
+        "HOSTLER_PRECACHE_PLACER": "directory",
         "HOSTLER_PRECACHE_TARGET_TEMPLATE": "{image_id}",
         "HOSTLER_PRECACHE_RESERVE_BYTES": "0",
         "HOSTLER_PRECACHE_REPORT_SECONDS": "0.2",

@@ -90,6 +90,7 @@ async def start_agent(
             values = {
                 "precache_url": precache_url,
                 "target_dir": directory,
+                "placer": "directory",
                 "target_template": "{image_id}",
                 "reserve_bytes": 0,
                 "report_seconds": 0.2,

@@ -17,10 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
+from operator import itemgetter
+from typing import NamedTuple
 
 from hostler_usage.intervals import Interval
 from hostler_usage.mapping import Reading
-from hostler_usage.statement import CounterReading, Evidence, Statement
+from hostler_usage.statement import Evidence, Statement
 from hostler_usage.times import MICROSECOND
 
 
@@ -39,8 +41,9 @@ class Amount:
     evidence: tuple[Evidence, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Point:
+class _Point(NamedTuple):
+    """A reading, and who read it."""
+
     at: datetime
     value: int
     run: str
@@ -56,15 +59,19 @@ def amounts(
     is_born_of_event: bool,
 ) -> tuple[Amount, ...]:
     """Return what moved of one resource, in order of time; what is nothing is left out."""
-    series: dict[tuple[str, str, Reading], set[_Point]] = defaultdict(set)
+    series: dict[tuple[str, str, Reading], list[_Point]] = defaultdict(list)
     for statement, evidence in statements:
-        project = dict(statement.attributes).get("project") if statement.readings else None
+        if not statement.readings:
+            continue
+        project = next((value for name, value in statement.attributes if name == "project"), None)
+        project_id = project if isinstance(project, str) else None
+        at = statement.at or evidence.event_time
         for reading in statement.readings:
-            series[reading.name, reading.label, reading.reading].add(
-                _point(statement, reading, evidence, project if isinstance(project, str) else None)
+            series[reading.name, reading.label, reading.reading].append(
+                _Point(at, reading.value, reading.run, statement.period, project_id, evidence)
             )
     found: dict[tuple[str, str, datetime], Amount] = {}
-    for (counter, label, kind), points in sorted(series.items()):
+    for (counter, label, kind), points in sorted(series.items(), key=itemgetter(0)):
         for moment, amount, project_id, rests_on in _RULES[kind](points, is_born_of_event):
             if not amount:
                 continue
@@ -81,19 +88,6 @@ def amounts(
     return tuple(found[key] for key in sorted(found))
 
 
-def _point(
-    statement: Statement, reading: CounterReading, evidence: Evidence, project_id: str | None
-) -> _Point:
-    return _Point(
-        at=statement.at or evidence.event_time,
-        value=reading.value,
-        run=reading.run,
-        period=statement.period,
-        project_id=project_id,
-        evidence=evidence,
-    )
-
-
 _Found = Iterator[tuple[datetime, int, str | None, tuple[Evidence, ...]]]
 
 
@@ -106,19 +100,26 @@ def _order(point: _Point) -> tuple[object, ...]:
     )
 
 
-def _highest_of_periods(points: set[_Point], _: bool) -> _Found:
+def _highest_of_periods(points: Sequence[_Point], _: bool) -> _Found:
     periods: dict[datetime, list[_Point]] = defaultdict(list)
+    ends: dict[datetime, datetime] = {}
     for point in points:
         if point.period is not None and point.period[0] < point.period[1]:
-            periods[point.period[0]].append(point)
-    for same in (periods[start] for start in sorted(periods)):  # two may end in one moment
-        highest = max(point.value for point in same)
-        witness = min((point for point in same if point.value == highest), key=_order)
-        ending = max(point.period[1] for point in same if point.period is not None)
-        yield ending - MICROSECOND, highest, witness.project_id, (witness.evidence,)
+            start, end = point.period
+            periods[start].append(point)
+            ends[start] = max(end, ends.get(start, end))
+    for start in sorted(periods):  # two may end in one moment
+        same = periods[start]
+        witness = same[0] if len(same) == 1 else _highest(same)
+        yield ends[start] - MICROSECOND, witness.value, witness.project_id, (witness.evidence,)
 
 
-def _growth(points: set[_Point], is_born_of_event: bool) -> _Found:
+def _highest(points: Sequence[_Point]) -> _Point:
+    highest = max(point.value for point in points)
+    return min((point for point in points if point.value == highest), key=_order)
+
+
+def _growth(points: Sequence[_Point], is_born_of_event: bool) -> _Found:
     runs: dict[str, list[_Point]] = defaultdict(list)
     for point in sorted(points, key=_order):
         runs[point.run].append(point)
@@ -132,7 +133,7 @@ def _growth(points: set[_Point], is_born_of_event: bool) -> _Found:
             yield point.at, grown, point.project_id, (before.evidence, point.evidence)
 
 
-def _each(points: set[_Point], _: bool) -> _Found:
+def _each(points: Sequence[_Point], _: bool) -> _Found:
     told: set[tuple[datetime, int, str]] = set()
     for point in sorted(points, key=_order):
         # one message in two envelopes (from the broker and from a log) is two bodies, and moved nothing twice

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any, Final
 
 from hostler_common import db
@@ -23,7 +24,7 @@ from hostler_usage.audits import (
     audit_rule,
 )
 from hostler_usage.citation import cited
-from hostler_usage.row_set import Change, RowSet, key_columns, key_of
+from hostler_usage.row_set import Change, Row, RowSet, key_columns, key_of
 from hostler_usage.statement import ResourceKey
 from hostler_usage.times import EPOCH, MICROSECOND, epoch_microseconds
 
@@ -69,10 +70,13 @@ _START, _END, _PERIODS, _IS_PARTIAL, _HOST = 3, 6, 7, 8, 15
 
 
 async def replace_verdicts(
-    connection: db.Connection, reconciliations: Mapping[ResourceKey, Reconciliation]
+    connection: db.Connection,
+    reconciliations: Mapping[ResourceKey, Reconciliation],
+    since: Mapping[ResourceKey, datetime] = MappingProxyType({}),
 ) -> None:
     """The verdicts on these resources' own statements are these; what is right already is not touched.
 
+    Of a resource in `since`, verdicts on earlier periods are not looked at.
     Runs in the fold's transaction, which holds the resources against other folds. Resources whose
     change reaches into periods that were checked already are queued for the check.
     """
@@ -80,15 +84,7 @@ async def replace_verdicts(
         return
     await connection.execute("SELECT pg_advisory_xact_lock_shared($1)", AUDIT_LOCK)
     keys = list(reconciliations)
-    change = await VERDICTS.replace(
-        connection,
-        keys,
-        (
-            row
-            for key in keys
-            for row in verdict_rows(key, "statement", reconciliations[key].verdicts)
-        ),
-    )
+    change = await _replace(connection, reconciliations, since)
     lives = await _RESOURCES.replace(
         connection,
         keys,
@@ -101,6 +97,31 @@ async def replace_verdicts(
     await _note_periods(connection, change)
     await _queue(connection, _changed_since(change, lives))
     await _queue_unsilenced(connection, lives)
+
+
+async def _replace(
+    connection: db.Connection,
+    reconciliations: Mapping[ResourceKey, Reconciliation],
+    since: Mapping[ResourceKey, datetime],
+) -> Change:
+    removed: list[Row] = []
+    added: list[Row] = []
+    for start in {since.get(key) for key in reconciliations}:  # a midnight or two
+        keys = [key for key in reconciliations if since.get(key) == start]
+        rows = (
+            row
+            for key in keys
+            for row in verdict_rows(key, "statement", reconciliations[key].verdicts)
+            if start is None or row[_START] >= start
+        )
+        verdicts = VERDICTS
+        if start is not None:
+            condition = f"{VERDICTS.condition} AND period_start >= '{start.isoformat()}'"
+            verdicts = replace(VERDICTS, condition=condition)
+        change = await verdicts.replace(connection, keys, rows)
+        removed += change.removed
+        added += change.added
+    return Change(removed=removed, added=added)
 
 
 async def mark_for_check(
@@ -125,7 +146,7 @@ def _is_audited(found: Reconciliation) -> bool:
 
 def verdict_rows(
     key: ResourceKey, origin: str, verdicts: Iterable[Verdict]
-) -> Iterator[tuple[object, ...]]:
+) -> Iterator[tuple[Any, ...]]:
     """The verdicts on a resource as rows of `VERDICTS`; `origin` says who writes them."""
     ordinals: dict[datetime, int] = defaultdict(int)
     for item in verdicts:

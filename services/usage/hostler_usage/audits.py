@@ -446,7 +446,7 @@ def merged(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
     """
     runs: dict[tuple[object, ...], Verdict] = {}
     rows: list[Verdict] = []
-    for item in sorted(verdicts, key=_row_order):
+    for item in sorted(verdicts, key=row_order):
         if item.is_partial or item.period_start == item.period_end:
             rows.append(item)
             continue
@@ -475,10 +475,11 @@ def merged(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
         if run is not None:
             rows.append(run)
         runs[key] = item
-    return iter(sorted((*rows, *runs.values()), key=_row_order))
+    return iter(sorted((*rows, *runs.values()), key=row_order))
 
 
-def _row_order(item: Verdict) -> tuple[object, ...]:
+def row_order(item: Verdict) -> tuple[object, ...]:
+    """The one order of a resource's verdicts."""
     return (
         item.period_start,
         item.period_end,

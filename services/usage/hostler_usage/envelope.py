@@ -13,9 +13,8 @@ import lzma
 import uuid
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import orjson
 
@@ -79,8 +78,7 @@ class BadNotificationError(UnreadableError):
     code = "usage.notification.bad_message"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notification:
+class Notification(NamedTuple):
     """One notification, whichever envelope brought it.
 
     `digest` is the sha256 of the body as it came; `payload` may be any JSON value, for some
@@ -179,7 +177,9 @@ def open_event(
 
 
 def _decompress(body: bytes, compression: str | None, max_bytes: int) -> bytes:
-    match (compression or "").lower().removeprefix("application/").removeprefix("x-"):
+    if not compression:
+        return body
+    match compression.lower().removeprefix("application/").removeprefix("x-"):
         case "" | "identity" | "utf-8":
             return body
         case "gzip" | "zlib" | "deflate":

@@ -10,8 +10,7 @@ from hostler_usage.normalise import Normalised
 from hostler_usage.times import epoch_microseconds
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Origin:
+class Origin(NamedTuple):
     """How a message came: the same for thousands of them. Empty where the message says nothing."""
 
     source: str
@@ -22,7 +21,10 @@ class Origin:
 
 
 class Event(NamedTuple):
-    """One notification, read and normalised, with its body byte for byte."""
+    """One notification, read and normalised, with its body byte for byte.
+
+    `notification` need not hold its payload any more: what that says is in `normalised`.
+    """
 
     notification: Notification
     normalised: Normalised

@@ -3,6 +3,7 @@
 Reading depends on the delivery and on the mapping alone: what is read twice is the same event.
 """
 
+from functools import lru_cache
 from typing import Final
 
 from hostler_common import bus
@@ -28,19 +29,38 @@ def read_delivery(
         UnreadableError: it brings none; one of its subclasses says why.
     """
     notification = open_delivery(delivery, max_bytes=max_bytes)
+    normalised = normaliser.read(notification, region=region)
     return Event(
-        notification=notification,
-        normalised=normaliser.read(notification, region=region),
+        # a batch of payloads in parsed form is several times its bodies, and nobody reads them again
+        notification=notification._replace(payload=None),
+        normalised=normalised,
         body=delivery.body,
         region=region,
-        origin=Origin(
+        origin=_origin(
             source,
-            clean(delivery.exchange),
-            clean(delivery.routing_key),
-            clean(delivery.content_type or ""),
-            clean(delivery.content_encoding or ""),
+            delivery.exchange,
+            delivery.routing_key,
+            delivery.content_type,
+            delivery.content_encoding,
         ),
         headers={clean(str(key)): _plain(value) for key, value in delivery.headers.items()},
+    )
+
+
+@lru_cache(maxsize=1000)  # the same for thousands of messages
+def _origin(
+    source: str,
+    exchange: str,
+    routing_key: str,
+    content_type: str | None,
+    content_encoding: str | None,
+) -> Origin:
+    return Origin(
+        source,
+        clean(exchange),
+        clean(routing_key),
+        clean(content_type or ""),
+        clean(content_encoding or ""),
     )
 
 

@@ -30,7 +30,7 @@ from hostler_usage.statement import Evidence, Scalar
 
 _SAME_MOMENT = timedelta(seconds=1)
 # audits read all their rows first and send for minutes: what an event has said since outranks them
-_AUDIT_IS_STALE = timedelta(minutes=30)
+AUDIT_IS_STALE = timedelta(minutes=30)
 
 
 class Provenance(StrEnum):
@@ -212,7 +212,7 @@ def _is_stale(item: Observation, spoken_at: datetime | None) -> bool:
         spoken_at is not None
         and item.rank is Rank.EVIDENCE
         and not item.is_rounded
-        and item.t_eff - spoken_at < _AUDIT_IS_STALE
+        and item.t_eff - spoken_at < AUDIT_IS_STALE
     )
 
 

@@ -7,6 +7,7 @@ function of the set of statements, whatever order or how often they came in.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hostler_usage import citation
 from hostler_usage.amounts import Amount, amounts
 from hostler_usage.audits import Reconciliation
 from hostler_usage.intervals import Anomaly, Interval, fold
@@ -14,7 +15,7 @@ from hostler_usage.mapping import Resource
 from hostler_usage.observe import observe
 from hostler_usage.operations import Operation, pair_said
 from hostler_usage.reconciliation import reconcile_said
-from hostler_usage.statement import Evidence, Statement
+from hostler_usage.repetition import Said, without_repetitions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +29,12 @@ class Ledger:
     anomalies: tuple[Anomaly, ...]
 
 
-def reckon(resource: Resource, said: Iterable[tuple[Statement, Evidence]]) -> Ledger:
+def reckon(resource: Resource, said: Iterable[Said]) -> Ledger:
     """Return what a set of statements, each with the message it came in, amounts to."""
-    distinct = set(said)
+    distinct = in_order(said)
     history = fold(
         observation
-        for statement, evidence in distinct
+        for statement, evidence in without_repetitions(distinct)
         for observation in observe(statement, resource, evidence)
     )
     return Ledger(
@@ -43,3 +44,8 @@ def reckon(resource: Resource, said: Iterable[tuple[Statement, Evidence]]) -> Le
         reconciliation=reconcile_said(resource.name, history.intervals, distinct),
         anomalies=history.anomalies,
     )
+
+
+def in_order(said: Iterable[Said]) -> list[Said]:
+    """Each of them once, in the order of citing."""
+    return sorted(set(said), key=lambda item: citation.order(item[1]))

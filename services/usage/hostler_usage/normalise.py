@@ -139,8 +139,10 @@ def _statement(rule: Rule, row: Row, notification: Notification) -> Statement:
 
 
 def _owner(attributes: Attributes) -> str | None:
-    value = next((value for name, value in attributes if name == "project"), None)
-    return value if isinstance(value, str) else None
+    for name, value in attributes:
+        if name == "project":
+            return value if isinstance(value, str) else None
+    return None
 
 
 def _any_project(payload: object, notification: Notification) -> str | None:

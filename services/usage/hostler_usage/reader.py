@@ -5,10 +5,11 @@ resource. What was there but could not be read is noted, so that it can be count
 Paths are made into functions once, when the service starts: this runs for every message.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Table
 from datetime import datetime
-from typing import Final, NamedTuple
+from enum import Enum
+from typing import Final, NamedTuple, TypeGuard
 
 from hostler_usage import mapping
 from hostler_usage.mapping import Kind, Life
@@ -22,11 +23,13 @@ MAX_ROWS: Final = 1000  # resources or labels in one body
 Problems = list[str]
 
 
-class _Missing:
+class _Missing(Enum):
     """The body says nothing of it."""
 
+    MISSING = "missing"
 
-_MISSING: Final = _Missing()
+
+_MISSING: Final = _Missing.MISSING
 _Object = Table[str, object]
 _Get = Callable[[_Object, _Object], object]  # (row, root) -> what is there
 _NOTHING: Final = frozenset({"", "None"})
@@ -74,7 +77,12 @@ class Reader:
         self._failed_at = None if body.failed is None else _at(body.failed.path)
         self._reason = tuple(_at(path) for path in body.reason)
         self._attributes = tuple(
-            (name, _attribute(name, resource.attributes[name], body.attributes[name]))
+            (
+                name,
+                _only_key(body.attributes[name]),
+                _PLAIN[resource.attributes[name].kind],
+                _attribute(name, resource.attributes[name], body.attributes[name]),
+            )
             for name in sorted(body.attributes)
         )
         self._counters = tuple(_Counter(counter) for counter in body.counters)
@@ -106,9 +114,11 @@ class Reader:
         beginning = self._beginning(row, root, problems)
         ending = self._ending(row, root, problems) if beginning is not None else None
         attributes: list[tuple[str, Scalar]] = []
-        for name, get in self._attributes:
-            value = get(row, root, problems)
-            if not isinstance(value, _Missing):
+        for name, key, is_plain, get in self._attributes:
+            found = None if key is None else row.get(key)
+            # what nearly every field holds needs no second look
+            value = found if is_plain(found) else get(row, root, problems)
+            if value is not _MISSING:
                 attributes.append((name, value))
         return Row(
             resource_id=self._id(row, root, problems),
@@ -128,9 +138,7 @@ class Reader:
                     for counter in self._counters
                     for reading in counter.read(row, root, problems)
                 ]
-            )
-            if self._counters
-            else (),
+            ),
         )
 
     def _is_failed(self, row: _Object, root: _Object) -> bool:
@@ -158,10 +166,10 @@ class _Counter:
         self._value = _at(counter.value)
         self._run = tuple(_at(path) for path in counter.run)
 
-    def read(self, row: _Object, root: _Object, problems: Problems) -> Iterator[CounterReading]:
-        if self._each is not None and not self._each(row, root):
-            return
-        run = _run_name([get(row, root) for get in self._run])
+    def read(self, row: _Object, root: _Object, problems: Problems) -> list[CounterReading]:
+        """What the body says of the counter; what could not be read is added to `problems`."""
+        readings: list[CounterReading] = []
+        run = None
         for label, holder in self._holders(row, root, problems):
             value = self._value(holder, root)
             if value is None:
@@ -170,35 +178,37 @@ class _Counter:
             if number is None or not 0 <= number < MAX_WHOLE:
                 problems.append(f"bad_number:{self._counter.name}")
                 continue
-            yield CounterReading(
-                name=self._counter.name,
-                reading=self._counter.reading,
-                value=number,
-                label=label,
-                run=run,
+            if run is None:
+                run = _run_name([get(row, root) for get in self._run]) if self._run else ""
+            readings.append(
+                CounterReading(self._counter.name, self._counter.reading, number, label, run)
             )
+        return readings
 
     def _holders(
         self, row: _Object, root: _Object, problems: Problems
-    ) -> Iterator[tuple[str, _Object]]:
+    ) -> Sequence[tuple[str, _Object]]:
         if self._each is None:
-            yield "", row
-            return
+            return [("", row)]
         found = self._each(row, root)
-        pairs: list[tuple[str, object]] = []
+        if not found:
+            return []
+        pairs: Sequence[tuple[str, object]] = []
         if isinstance(found, dict):
-            pairs = [(str(key), value) for key, value in found.items()]
+            pairs = list(found.items())
         elif isinstance(found, list):
             pairs = [("", value) for value in found]
         if len(pairs) > MAX_ROWS:
             problems.append(f"too_many_rows:{self._counter.name}")
+        holders: list[tuple[str, _Object]] = []
         for key, value in pairs[:MAX_ROWS]:
             holder = value
             if isinstance(holder, dict) and self._inside is not None:
                 holder = self._inside(holder, root)
             if isinstance(holder, dict):
                 label = key if self._label is None else self._label(holder, root)
-                yield clean(str(label or ""))[:MAX_TEXT], holder
+                holders.append((clean(str(label or ""))[:MAX_TEXT], holder))
+        return holders
 
 
 def _run_name(parts: Sequence[object]) -> str:
@@ -228,6 +238,13 @@ def _at(path: mapping.Path) -> _Get:
         return value
 
     return get
+
+
+def _only_key(source: mapping.Source) -> str | None:
+    """The key of the row that the value is under, if that is all there is to it."""
+    if isinstance(source, mapping.Path) and not source.from_root and len(source.keys) == 1:
+        return source.keys[0]
+    return None
 
 
 def _has(path: mapping.Path) -> Callable[[_Object, _Object], bool]:
@@ -295,16 +312,8 @@ def _attribute(
     has = _said(source) if attribute.nullable else None
     read = _text if attribute.kind is Kind.TEXT else _number
 
-    is_text = attribute.kind is Kind.TEXT
-
     def value(row: _Object, root: _Object, problems: Problems) -> Scalar | _Missing:
         found = get(row, root)
-        # what nearly every field holds needs no second look
-        if type(found) is str:
-            if is_text and 0 < len(found) <= MAX_TEXT and found.isalnum() and found != "None":
-                return found if found.isascii() else clean(found)
-        elif type(found) is int and not is_text and 0 <= found < MAX_WHOLE:
-            return found
         if found is not None:
             good = read(found, name, problems)
             if good is not None:
@@ -374,11 +383,14 @@ def _last_segment(getter: _Get) -> _Get:
 
 
 def _sum(getters: tuple[_Get, ...]) -> _Get:
+    needed, *others = getters
+
     def get(row: _Object, root: _Object) -> object:
-        total = _whole(getters[0](row, root))
-        if total is None:
-            return None
-        return total + sum(_whole(getter(row, root)) or 0 for getter in getters[1:])
+        total = _whole(needed(row, root))
+        if total is not None:
+            for getter in others:
+                total += _whole(getter(row, root)) or 0
+        return total
 
     return get
 
@@ -439,12 +451,36 @@ def _item(getter: _Get, key: str) -> _Get:
 # --- judging values
 
 
+def _is_plain_text(value: object) -> TypeGuard[str]:
+    """Whether it is a text, and as it stands what it is read as."""
+    return (
+        type(value) is str
+        and len(value) <= MAX_TEXT
+        and value not in _NOTHING
+        and value.isascii()
+        and value.isprintable()
+    )
+
+
+def _is_plain_number(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, and as it stands what it is read as."""
+    return type(value) is int and 0 <= value < MAX_WHOLE
+
+
+_PLAIN: Final[Table[Kind, Callable[[object], TypeGuard[Scalar]]]] = {
+    Kind.TEXT: _is_plain_text,
+    Kind.WHOLE: _is_plain_number,
+}
+
+
 def _text(value: object, name: str, problems: Problems) -> str | None:
+    if _is_plain_text(value):
+        return value
     if isinstance(value, str):
         if value in _NOTHING:
             return None
         if len(value) <= MAX_TEXT:
-            return value if value.isprintable() and value.isascii() else clean(value)
+            return clean(value)
     elif value is None:
         return None
     elif isinstance(value, int) and not isinstance(value, bool):

@@ -10,9 +10,10 @@ from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Final
+from operator import itemgetter
+from typing import Final, NamedTuple
 
 from hostler_usage import citation
 from hostler_usage.audits import (
@@ -31,6 +32,7 @@ from hostler_usage.audits import (
     deletion,
     launch,
     merged,
+    row_order,
 )
 from hostler_usage.intervals import Interval, Provenance
 from hostler_usage.statement import Evidence, Scalar, Statement
@@ -75,41 +77,54 @@ def reconcile(
     distinct = {statement.evidence: statement for statement in statements}
     told = None if launches is None else sorted({item.at for item in launches})
     ends = None if deletions is None else tuple(deletions)
-    groups: dict[_GroupKey, list[AuditStatement]] = defaultdict(list)
+    groups: dict[GroupKey, list[AuditStatement]] = defaultdict(list)
     for statement in sorted(distinct.values(), key=_statement_order):
-        groups[_group_key(statement)].append(statement)
+        groups[group_key(statement)].append(statement)
     comparison = _Comparison(audit_rule(resource_type), intervals, told)
-    repairs, rows = _repairs(audit_rule(resource_type), intervals, distinct, told, ends)
-    for key in sorted(groups):
-        found = list(_of_group(comparison, groups[key], repairs.get(key, [])))
+    repairs, rows = _repairs(comparison.rule, intervals, distinct, groups, told, ends)
+    agreed: list[_Agreed] = []
+    for key, group in sorted(groups.items(), key=itemgetter(0)):
+        if key not in repairs and not key.is_partial and all(map(comparison.agrees, group)):
+            agreed.append(_agreed(comparison, group))
+            continue
+        found = list(_of_group(comparison, group, repairs.get(key, [])))
         if any(item.code is Code.RELAUNCH_REPAIRED for item in found):
-            comparison.take_over(groups[key])
+            comparison.take_over(group)
         rows += found
     rows += _deleted_twice(ends or (), intervals)
-    rows += _overlaps([groups[key] for key in sorted(groups) if not key[2]], intervals)
-    moments = {_cut(item) for item in told or ()}
-    moments |= {_cut(item.born_at) for item in distinct.values() if item.born_at is not None}
+    rows += _overlaps(groups, intervals)
+    births = {item.born_at for item in distinct.values() if item.born_at is not None}
     return Reconciliation(
-        verdicts=tuple(merged(rows)),
+        verdicts=tuple(sorted((*_rows(agreed), *merged(rows)), key=row_order)),
         lived=_lived(intervals),
-        launches=tuple(sorted(moments)) if audit_rule(resource_type).is_segmented else (),
+        launches=tuple(sorted({_cut(item) for item in births.union(told or ())}))
+        if audit_rule(resource_type).is_segmented
+        else (),
         confirmed_at=max((item.said_at for item in distinct.values()), default=None),
     )
 
 
-_GroupKey = tuple[datetime, datetime, bool]
+class GroupKey(NamedTuple):
+    """What statements about one period have in common, in whole seconds."""
+
+    start: datetime
+    end: datetime
+    is_partial: bool
+
+
 # what a comparison finds: code, field, ours, theirs
 _Finding = tuple[Code, str | None, Scalar, Scalar]
 
 
 def _cut(moment: datetime) -> datetime:
     """The whole second: the versioned format cuts what the legacy one spells out."""
-    return moment.replace(microsecond=0)
+    return moment.replace(microsecond=0) if moment.microsecond else moment
 
 
-def _group_key(statement: AuditStatement) -> _GroupKey:
+def group_key(statement: AuditStatement) -> GroupKey:
+    """What a statement has in common with the others about its period."""
     start, end = statement.period
-    return _cut(start), _cut(end), statement.is_partial
+    return GroupKey(_cut(start), _cut(end), statement.is_partial)
 
 
 def _statement_order(statement: AuditStatement) -> tuple[datetime, datetime, str, bytes]:
@@ -148,6 +163,32 @@ class _Comparison:
         if not self.intervals:
             return {}
         return self.intervals[max(0, bisect_right(self.starts, moment) - 1)].attributes
+
+    def agrees(self, statement: AuditStatement) -> bool:
+        """Whether there is nothing to be said of it."""
+        return self._is_as_held(statement) or not self.findings(statement)
+
+    def _is_as_held(self, statement: AuditStatement) -> bool:
+        """Whether it is of something alive, launched when we say, with each field ours, as nearly all are."""
+        born_at, said_at = statement.born_at, statement.said_at
+        if self.birth is None or statement.ended_at is not None:
+            return False
+        start, end = statement.period
+        if start > said_at or end < self.birth or (self.end is not None and self.end < said_at):
+            return False
+        if born_at is None:
+            if self.rule.is_segmented:
+                return False
+        else:
+            launch = self._expected_launch(statement) if self.rule.is_segmented else self.birth
+            if launch != born_at and not _is_same(launch, born_at):
+                return False
+        held, fields = self.held(said_at), statement.fields
+        for name in self.rule.fields:
+            theirs = fields.get(name)
+            if theirs is not None and name in held and held[name] != theirs:
+                return False
+        return True
 
     def findings(self, statement: AuditStatement) -> list[_Finding]:
         """What is to be said of one statement; nothing where all agrees."""
@@ -260,33 +301,91 @@ class _Comparison:
         return False
 
 
+class _Agreed(NamedTuple):
+    """A whole period whose statements all agree with our history."""
+
+    start: datetime
+    end: datetime
+    project_id: str | None
+    host: str | None
+    statements: int
+    evidence: tuple[Evidence, ...]
+
+
+def _agreed(comparison: _Comparison, group: list[AuditStatement]) -> _Agreed:
+    start, end = _finest(group).period
+    project_id, host = _whose(comparison, group)
+    return _Agreed(
+        start, end, project_id, host, len(group), tuple(item.evidence for item in group)
+    )
+
+
+def _rows(agreed: Iterable[_Agreed]) -> Iterator[Verdict]:
+    """What `audits.merged` makes of verdicts that agree: `agreed` is in order of its beginnings."""
+    runs: dict[tuple[object, ...], list[_Agreed]] = {}
+    whole: list[list[_Agreed]] = []
+    for item in agreed:
+        day = item.start.astimezone(UTC).date()
+        key = (item.project_id, item.host, item.end - item.start, day)
+        run = runs.get(key)
+        if run is not None and run[-1].end == item.start:
+            run.append(item)
+        else:
+            runs[key] = [item]
+            whole.append(runs[key])
+    for run in whole:
+        first, last = run[0], run[-1]
+        yield Verdict(
+            period_start=first.start,
+            period_end=last.end,
+            periods=len(run),
+            status=Status.VERIFIED,
+            code=Code.AGREED,
+            project_id=first.project_id,
+            host=first.host,
+            statements=sum(item.statements for item in run),
+            evidence=last.evidence,
+        )
+
+
+def _finest(group: list[AuditStatement]) -> AuditStatement:
+    """Of the twins of both formats, the one that does not cut moments to the second."""
+    if len(group) == 1:
+        return group[0]
+    return max(group, key=lambda item: (item.period[1].microsecond, item.period[1]))
+
+
+def _whose(comparison: _Comparison, group: list[AuditStatement]) -> tuple[str | None, str | None]:
+    """The project and the host of a verdict."""
+    project_id = _text(comparison.held(group[-1].said_at).get("project")) or _text(
+        group[0].fields.get("project")
+    )
+    if comparison.rule.is_per_host:
+        for item in group:
+            host = _text(item.fields.get("host"))
+            if host is not None:
+                return project_id, host
+    return project_id, None
+
+
 def _of_group(
     comparison: _Comparison, group: list[AuditStatement], repairs: list[Verdict]
 ) -> Iterator[Verdict]:
     """The verdicts on the statements about one period: the twins of both formats, and repetitions."""
     found: dict[_Finding, list[Evidence]] = defaultdict(list)
-    agreeing: list[Evidence] = []
     for statement in group:
-        findings = comparison.findings(statement)
-        for finding in findings:
+        for finding in comparison.findings(statement):
             found[finding].append(statement.evidence)
-        if not findings:
-            agreeing.append(statement.evidence)
-    finest = max(group, key=lambda item: (item.period[1].microsecond, item.period[1]))
-    last = group[-1]
+    finest = _finest(group)
+    project_id, host = _whose(comparison, group)
     base = Verdict(
         period_start=finest.period[0],
         period_end=finest.period[1],
         is_partial=finest.is_partial,
         status=Status.VERIFIED,
         code=Code.AGREED,
-        project_id=_text(comparison.held(last.said_at).get("project"))
-        or next((_text(item.fields.get("project")) for item in group), None),
-        host=next(
-            (host for item in group if (host := _text(item.fields.get("host"))) is not None), None
-        )
-        if comparison.rule.is_per_host
-        else None,
+        project_id=project_id,
+        host=host,
         statements=len(group),
     )
     is_wrong = False
@@ -325,9 +424,10 @@ def _repairs(
     rule: AuditRule,
     intervals: Sequence[Interval],
     statements: Mapping[Evidence, AuditStatement],
+    groups: Mapping[GroupKey, Sequence[AuditStatement]],
     launches: list[datetime] | None,
     deletions: Sequence[Told] | None,
-) -> tuple[dict[_GroupKey, list[Verdict]], list[Verdict]]:
+) -> tuple[dict[GroupKey, list[Verdict]], list[Verdict]]:
     """What of a history is known from audits only: under the period of the first of them.
 
     Those that rest on no audit at all (an update told of the birth) are in the second part.
@@ -359,7 +459,10 @@ def _repairs(
             if ours != theirs and rule.passing.isdisjoint((ours, theirs)):
                 change = (Code.CHANGE_REPAIRED, name, ours, theirs)
                 found.append((after.start, change, before.closed_by))
-    grouped: dict[_GroupKey, list[Verdict]] = defaultdict(list)
+    if not found:
+        return {}, []
+    tellers = _Tellers(groups)
+    grouped: dict[GroupKey, list[Verdict]] = defaultdict(list)
     alone: list[Verdict] = []
     for at, (code, about, ours, theirs), evidence in found:
         verdict = Verdict(
@@ -373,34 +476,61 @@ def _repairs(
             project_id=_text(_at(intervals, at).get("project")),
             evidence=tuple(sorted(set(evidence), key=citation.order)),
         )
-        key, witnesses = _witnesses(at, evidence, statements)
+        key, witnesses = tellers.of(at) or _citing(evidence, statements)
         if key is None:
             alone.append(verdict)
         else:
-            grouped[key].append(replace(verdict, evidence=witnesses))
+            cited = tuple(sorted({item.evidence for item in witnesses}, key=citation.order))
+            grouped[key].append(replace(verdict, evidence=cited))
     return grouped, alone
 
 
-def _witnesses(
-    at: datetime, evidence: Sequence[Evidence], statements: Mapping[Evidence, AuditStatement]
-) -> tuple[_GroupKey | None, tuple[Evidence, ...]]:
-    """The period whose statements were the first to tell of an edge, and those statements.
+_Witnesses = tuple[GroupKey | None, Sequence[AuditStatement]]
+
+
+class _Tellers:
+    """The period whose statements were the first to tell of a moment, and those statements.
 
     The history cites whichever of many equal words it went by; the first one does not change when
     the next statement says the same.
     """
-    telling = [
-        item
-        for item in statements.values()
-        if item.said_at == at
-        or (item.born_at is not None and _is_same(item.born_at, at))
-        or (item.ended_at is not None and _is_same(item.ended_at, at))
-    ] or [statements[item] for item in evidence if item in statements]
+
+    def __init__(self, groups: Mapping[GroupKey, Sequence[AuditStatement]]) -> None:
+        self._groups = groups
+        self._sent: dict[datetime, AuditStatement] = {}
+        self._named: dict[datetime, AuditStatement] = {}  # as a birth or an end
+        statements = (item for group in groups.values() for item in group)
+        for item in sorted(statements, key=_statement_order):
+            self._sent.setdefault(item.said_at, item)
+            for moment in (item.born_at, item.ended_at):
+                if moment is not None:
+                    self._named.setdefault(moment, item)
+
+    def of(self, at: datetime) -> _Witnesses | None:
+        """None of a moment that no statement was sent at or names."""
+        first = [item for moment, item in self._named.items() if _is_same(moment, at)]
+        if at in self._sent:
+            first.append(self._sent[at])
+        if not first:
+            return None
+        key = group_key(min(first, key=_statement_order))
+        return key, [item for item in self._groups[key] if _tells(item, at)]
+
+
+def _tells(statement: AuditStatement, at: datetime) -> bool:
+    named = (statement.born_at, statement.ended_at)
+    return statement.said_at == at or any(item and _is_same(item, at) for item in named)
+
+
+def _citing(
+    evidence: Sequence[Evidence], statements: Mapping[Evidence, AuditStatement]
+) -> _Witnesses:
+    """Of the statements that the history cites, those of the first period."""
+    telling = [statements[item] for item in evidence if item in statements]
     if not telling:
         return None, ()
-    key = _group_key(min(telling, key=_statement_order))
-    same = {item.evidence for item in telling if _group_key(item) == key}
-    return key, tuple(sorted(same, key=citation.order))
+    key = group_key(min(telling, key=_statement_order))
+    return key, [item for item in telling if group_key(item) == key]
 
 
 def _is_only_of(
@@ -434,10 +564,13 @@ def _deleted_twice(deletions: Iterable[Told], intervals: Sequence[Interval]) -> 
 
 
 def _overlaps(
-    groups: Sequence[list[AuditStatement]], intervals: Sequence[Interval]
+    groups: Mapping[GroupKey, Sequence[AuditStatement]], intervals: Sequence[Interval]
 ) -> Iterator[Verdict]:
-    """Whole periods that overlap without being the same; `groups` in order of their beginnings."""
-    for one, other in pairwise(groups):
+    """Whole periods that overlap without being the same."""
+    for before, after in pairwise(sorted(key for key in groups if not key.is_partial)):
+        if before.end <= after.start:
+            continue
+        one, other = groups[before], groups[after]
         (_, end), (start, until) = one[0].period, other[0].period
         if end - start <= SAME_MOMENT:
             continue

@@ -5,7 +5,7 @@ went away had added is taken off, what a new one adds is put on. Exact integers,
 of changes in any order leaves precisely the sum of what is there.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Table
 from datetime import UTC, date, datetime, timedelta
@@ -50,36 +50,48 @@ class MovedFact(NamedTuple):
     amount: int
 
 
+_Series = tuple[str, str, str, str]  # what a cell is without its day
+
+
 def sums(
     facts: Iterable[HeldFact | MovedFact],
     measures_of: Table[str, Sequence[Measure]],
     until: date,
 ) -> Counter[Cell]:
     """What facts add to the days before `until`."""
-    found: Counter[Cell] = Counter()
+    end = midnight(until)
+    days_of: dict[_Series, dict[date, int]] = defaultdict(lambda: defaultdict(int))
+    counting: dict[tuple[str, str], list[str]] = {}
     for fact in facts:
-        measures = measures_of.get(fact.resource_type, ())
+        region, resource_type, project_id = fact.region, fact.resource_type, fact.project_id or ""
+        measures = measures_of.get(resource_type, ())
         if isinstance(fact, MovedFact):
-            day = fact.at.astimezone(UTC).date()
-            for measure in measures:
-                if measure.counter == fact.counter and day < until:
-                    found[_cell(day, fact, measure)] += fact.amount
+            counted = (resource_type, fact.counter)
+            if counted not in counting:
+                counting[counted] = [item.name for item in measures if item.counter == counted[1]]
+            if fact.at < end:
+                day = fact.at.astimezone(UTC).date()
+                for name in counting[counted]:
+                    days_of[region, project_id, resource_type, name][day] += fact.amount
             continue
-        held = [(item, quantity(item, fact.attributes)) for item in measures if item.is_held]
-        for day, span in _days(fact, until):
-            for measure, held_units in held:
-                if held_units:
-                    found[_cell(day, fact, measure)] += held_units * span
-    return found
+        spans = list(_days(fact, end))
+        for measure in measures:
+            units = quantity(measure, fact.attributes) if measure.is_held else 0
+            if units:
+                sums_of_days = days_of[region, project_id, resource_type, measure.name]
+                for day, span in spans:
+                    sums_of_days[day] += units * span
+    return Counter(
+        {
+            Cell(day, *series): amount
+            for series, sums_of_days in days_of.items()
+            for day, amount in sums_of_days.items()
+        }
+    )
 
 
-def _cell(day: date, fact: HeldFact | MovedFact, measure: Measure) -> Cell:
-    return Cell(day, fact.region, fact.project_id or "", fact.resource_type, measure.name)
-
-
-def _days(fact: HeldFact, until: date) -> Iterator[tuple[date, int]]:
-    """The days before `until` that a span touches, and the microseconds it lasts in each."""
-    limit = midnight(until)
+def _days(fact: HeldFact, limit: datetime) -> Iterator[tuple[date, int]]:
+    """The days before `limit` that a span touches, and the microseconds it lasts in each."""
     end = limit if fact.end is None else min(fact.end, limit)
     start = fact.start
     while start < end:

@@ -16,6 +16,7 @@ from hostler_usage.times import PLAUSIBLE_FROM
 
 LOCK = "hashtext('hostler_usage.rollup')"
 _DAY = timedelta(days=1)
+_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,24 +55,24 @@ class RollupStore:
     async def _add(self, connection: db.Connection, first: date | None, until: date) -> None:
         """Add what all facts amount to from `first` (or ever) until `until`."""
         found: Counter[Cell] = Counter()
+        by_type = self.mapping.measures_by_type
         start, end = midnight(first or PLAUSIBLE_FROM.date()), midnight(until)
-        held = connection.cursor(
+        held = await connection.cursor(
             "SELECT region, resource_type, project_id, greatest(starts_at, $1), ends_at, attributes"
             " FROM usage_interval WHERE starts_at < $2 AND (ends_at IS NULL OR ends_at > $1)",
             start,
             end,
         )
-        by_type = self.mapping.measures_by_type
-        async for row in held:
-            found.update(sums([HeldFact(*row)], by_type, until))
-        moved = connection.cursor(
+        while rows := await held.fetch(_ROWS_AT_ONCE):
+            found.update(sums((HeldFact(*row) for row in rows), by_type, until))
+        moved = await connection.cursor(
             "SELECT region, resource_type, project_id, counter, at, amount::bigint"
             " FROM usage_amount WHERE at >= $1 AND at < $2",
             start,
             end,
         )
-        async for row in moved:
-            found.update(sums([MovedFact(*row)], by_type, until))
+        while rows := await moved.fetch(_ROWS_AT_ONCE):
+            found.update(sums((MovedFact(*row) for row in rows), by_type, until))
         await add(connection, found)
 
 

@@ -81,7 +81,7 @@ class Settings(settings.Settings):
     batch_size: int = Field(1000, ge=1, le=5000, description="notifications per transaction")
     batch_seconds: float = Field(0.2, gt=0, le=5, description="how long a batch waits to fill")
     max_body_bytes: int = Field(MAX_BODY_BYTES, ge=1024, description="larger ones are quarantined")
-    fold_seconds: float = Field(0.5, gt=0, le=60, description="pause between folds")
+    fold_seconds: float = Field(0.2, gt=0, le=60, description="pause between folds")
     fold_limit: int = Field(2000, ge=1, le=20000, description="resources per fold's transaction")
     audit_settle_seconds: float = Field(
         600.0, ge=0, le=86400, description="how long after its end an audit period is judged"

@@ -4,9 +4,8 @@ A statement is kept beside the message it came from, in the compact form of `enc
 history can be made anew without reading bodies again. It is a plain value made of the body alone.
 """
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, NewType
+from typing import Any, NamedTuple, NewType
 
 import orjson
 
@@ -24,8 +23,7 @@ Scalar = str | int | None
 Attributes = tuple[tuple[str, Scalar], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class ResourceKey:
+class ResourceKey(NamedTuple):
     """A resource of one cloud region; regions share nothing, not even ids."""
 
     region: str
@@ -33,8 +31,7 @@ class ResourceKey:
     resource_id: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class Evidence(NamedTuple):
     """The stored message that says so: enough to fetch its body."""
 
     event_time: datetime
@@ -42,8 +39,7 @@ class Evidence:
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CounterReading:
+class CounterReading(NamedTuple):
     """A number under a counter. `run` tells one run of it from the next, which begins at nothing."""
 
     name: str
@@ -53,8 +49,7 @@ class CounterReading:
     run: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statement:
+class Statement(NamedTuple):
     """What a body says. `attributes` are sorted by name; one with None is said to be nothing.
 
     `at` is the moment the body gives for what it says, where it gives one other than the event's.

@@ -41,6 +41,7 @@ _COLUMNS = (
     "body",
 )
 _ORIGINS_KEPT = 10_000
+_CONFLICTS = "hashtext('hostler_usage.conflicts')"
 
 # a batch is copied here first, for COPY knows no ON CONFLICT; its rows are gone at the commit
 _STAGING = (
@@ -78,13 +79,15 @@ class Store:
         """
         origins = await self._numbers({event.origin for event in events})
         rows = [_event_row(event, origins[event.origin]) for event in events]
-        apart = [row for event in events for row in _apart_rows(event)]
-        touched = {
-            said.resource
-            for event in events
-            for said in event.normalised.said
-            if said.statement is not None
-        }
+        apart = [
+            row for event in events if len(event.normalised.said) > 1 for row in _apart_rows(event)
+        ]
+        touched: dict[ResourceKey, datetime] = {}  # and when the oldest message of each was sent
+        for event in events:
+            at = event.notification.timestamp
+            for said in event.normalised.said:
+                if said.statement is not None:
+                    touched[said.resource] = min(at, touched.get(said.resource, at))
         async with db.transaction(self.pool) as connection:
             await connection.execute(_STAGING)
             await connection.copy_records_to_table("arrived", records=rows, columns=_COLUMNS)
@@ -94,15 +97,15 @@ class Store:
                 # it was on its way to the default partition while its own was being attached
                 raise db.DatabaseBusy("a partition was made meanwhile") from exc
             assert merged is not None
+            if apart:
+                await _insert_apart(connection, apart)
+            if touched and merged["stored"]:
+                await _mark_touched(connection, touched)
             tally = Tally(
                 **dict(merged),
                 duplicate=len(events) - merged["stored"],
                 conflict=await _note_conflicts(connection) if merged["stored"] else 0,
             )
-            if apart:
-                await _insert_apart(connection, apart)
-            if touched and tally.stored:
-                await _mark_touched(connection, touched)
             await _count(connection, self.writer, events[0].origin.source, tally)
         return tally
 
@@ -210,7 +213,11 @@ async def _insert_apart(connection: db.Connection, rows: Sequence[tuple[object, 
 
 
 async def _note_conflicts(connection: db.Connection) -> int:
-    """How many message ids of this batch stand over more than one body."""
+    """How many message ids of this batch stand over more than one body.
+
+    From here to its commit a batch is alone, so that of two at once the later sees what the other stored.
+    """
+    await connection.execute(f"SELECT pg_advisory_xact_lock({_CONFLICTS})")
     rows = await connection.fetch(
         "INSERT INTO event_conflict (event_time, message_id, bodies)"
         " SELECT event_time, message_id, count(*) FROM raw_event"
@@ -224,10 +231,13 @@ async def _note_conflicts(connection: db.Connection) -> int:
     return len(rows)
 
 
-async def _mark_touched(connection: db.Connection, resources: Iterable[ResourceKey]) -> None:
+async def _mark_touched(connection: db.Connection, oldest: Table[ResourceKey, datetime]) -> None:
+    keys = sorted(oldest)
     await connection.execute(
-        "INSERT INTO touched (regions, resource_types, resource_ids) VALUES ($1, $2, $3)",
-        *key_columns(sorted(resources)),
+        "INSERT INTO touched (regions, resource_types, resource_ids, oldest)"
+        " VALUES ($1, $2, $3, $4)",
+        *key_columns(keys),
+        [oldest[key] for key in keys],
     )
 
 

@@ -20,7 +20,6 @@ outage wears out no attempts. A message whose consumer dies again and again is d
 import asyncio
 from collections.abc import Sequence
 
-from aio_pika.abc import AbstractConnection
 from pydantic import SecretStr
 
 from hostler_common.bus.connection import BrokerUnavailable, Link, declare_exchange
@@ -38,6 +37,7 @@ from hostler_common.bus.delivery import (
 )
 from hostler_common.bus.metrics import BusMetrics
 from hostler_common.bus.publisher import Publisher, Unroutable
+from hostler_common.bus.stream import Connection
 from hostler_common.bus.topology import (
     HOSTLER,
     Binding,
@@ -186,7 +186,7 @@ class Bus:
         """See `Publisher.publish_many`."""
         await self._publisher.publish_many(messages)
 
-    async def _begin_consuming(self, connection: AbstractConnection) -> None:
+    async def _begin_consuming(self, connection: Connection) -> None:
         bound = {
             binding.exchange.name: binding.exchange
             for consumer in self._consumers

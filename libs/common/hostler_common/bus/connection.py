@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 from hostler_common import errors, logs
 from hostler_common.bus import decoding
+from hostler_common.bus.stream import Connection
 from hostler_common.bus.topology import Declare, Exchange, Queue
 
 log = logs.get(__name__)
@@ -62,17 +63,18 @@ class Link:
         """The session is over; the next one begins."""
         self._broken.set()
 
-    async def run(self, begin: Callable[[AbstractConnection], Awaitable[None]]) -> None:
+    async def run(self, begin: Callable[[Connection], Awaitable[None]]) -> None:
         """Keep sessions going until cancelled. The first failure and the recovery are logged, each retry is not."""
         pause, failing = FIRST_PAUSE_SECONDS, False
         while True:
             self._broken.clear()
-            connection: AbstractConnection | None = None
+            connection: Connection | None = None
             try:
                 async with asyncio.timeout(BEGIN_SECONDS):
                     connection = await aio_pika.connect(
                         self._url.get_secret_value(),
                         client_properties={"connection_name": self._name},
+                        connection_class=Connection,
                     )
                     connection.close_callbacks.add(self.broken)
                     await begin(connection)

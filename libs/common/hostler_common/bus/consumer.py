@@ -2,11 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import aiormq
-from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
 from hostler_common import errors, logs
@@ -30,6 +29,7 @@ from hostler_common.bus.delivery import (
 )
 from hostler_common.bus.metrics import BusMetrics
 from hostler_common.bus.publisher import Publisher, Unroutable
+from hostler_common.bus.stream import Connection, Incoming
 from hostler_common.bus.topology import Queue
 
 log = logs.get(__name__)
@@ -47,7 +47,7 @@ def dead_letter_handler(queue: Queue, quarantine: Quarantine) -> Handler:
             routing_key == queue.dead_name
         ):  # it came straight, not by the ladder, which keeps the origin
             exchange, routing_key = _first_death(delivery.headers) or (exchange, routing_key)
-        origin = replace(delivery, queue=queue.name, exchange=exchange, routing_key=routing_key)
+        origin = delivery._replace(queue=queue.name, exchange=exchange, routing_key=routing_key)
         await quarantine.put(
             origin,
             code="message.delivery_limit",
@@ -149,7 +149,7 @@ class Consumer:
         for _ in range(workers):
             group.create_task(self._work())
 
-    async def begin(self, connection: AbstractConnection, broken: Callable[..., None]) -> None:
+    async def begin(self, connection: Connection, broken: Callable[..., None]) -> None:
         """Declare the queue and consume it, on a channel of this session."""
         if self._draining.is_set():
             return
@@ -158,13 +158,13 @@ class Consumer:
         await channel.set_qos(self._subscription.prefetch)
         if self._declare:
             await declare_queue(channel, self.queue)
-        # aio-pika's own consume makes an object of 26 fields of each message: a third of what reading one costs
         underlay = cast("aiormq.Channel", await channel.get_underlay_channel())
         # the broker cancels a consumer when its queue is deleted or its node goes away
         underlay.on_consumer_cancel_callbacks.add(broken)
+        connection.take_deliveries(underlay, partial(self._receive, underlay))
         try:
             async with asyncio.timeout(CONSUME_SECONDS):
-                consuming = await underlay.basic_consume(self.queue.name, self._receive)
+                consuming = await underlay.basic_consume(self.queue.name, _taken_before)
         except TimeoutError as exc:
             # a quorum queue without a leader answers a declare, and lets basic.consume wait for ever
             raise BrokerUnavailable(
@@ -173,10 +173,9 @@ class Consumer:
         assert consuming.consumer_tag is not None
         self._session = (underlay, consuming.consumer_tag)
 
-    async def _receive(self, message: DeliveredMessage) -> None:
-        assert message.delivery_tag is not None
-        delivery = delivered(self.queue.name, message)
-        self._inbox.put_nowait(Received(delivery, message.channel, message.delivery_tag))
+    def _receive(self, channel: aiormq.abc.AbstractChannel, incoming: Incoming) -> None:
+        delivery = delivered(self.queue.name, incoming)
+        self._inbox.put_nowait(Received(delivery, channel, incoming.tag))
 
     async def drain(self) -> None:
         """Take no more, and wait until nothing is being handled."""
@@ -346,6 +345,10 @@ class Consumer:
         except BROKEN as exc:
             # committed but not acked: it comes again, and the handler's idempotence absorbs it
             log.info("ack_failed", queue=self.queue.name, reason=explain(exc))
+
+
+async def _taken_before(message: DeliveredMessage) -> None:
+    raise AssertionError(f"{message} was not taken from the stream")
 
 
 class _Abandoned(Exception):

@@ -4,11 +4,9 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from aio_pika.message import decode_timestamp
-from aiormq.abc import DeliveredMessage
-
+from hostler_common.bus.stream import Incoming
 from hostler_common.bus.topology import Message, Queue
 
 ATTEMPT_HEADER = "x-attempt"
@@ -35,8 +33,7 @@ class Reject(Exception):
         self.code = code
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One message as it came, with the exchange and routing key it was first published to."""
 
     queue: str
@@ -92,26 +89,26 @@ class Subscription:
     concurrency: int = 8
 
 
-def delivered(queue: str, message: DeliveredMessage) -> Delivery:
+def delivered(queue: str, incoming: Incoming) -> Delivery:
     """The broker's message as it was first published, whatever it went through since."""
-    properties = message.header.properties
-    headers = dict(properties.headers or {})
+    given = incoming.properties.get
+    headers = given("headers") or {}
     for name in _BROKERS_HEADERS:
         headers.pop(name, None)
     attempt = headers.pop(ATTEMPT_HEADER, 0)
     return Delivery(
         queue=queue,
-        exchange=str(headers.pop(ORIGIN_EXCHANGE_HEADER, message.exchange or "")),
-        routing_key=str(headers.pop(ORIGIN_ROUTING_KEY_HEADER, message.routing_key or "")),
-        body=message.body,
+        exchange=str(headers.pop(ORIGIN_EXCHANGE_HEADER, incoming.exchange)),
+        routing_key=str(headers.pop(ORIGIN_ROUTING_KEY_HEADER, incoming.routing_key)),
+        body=incoming.body,
         headers=headers,
-        message_id=properties.message_id,
-        type=properties.message_type,
-        app_id=properties.app_id,
-        content_type=properties.content_type,
-        content_encoding=properties.content_encoding,
-        timestamp=decode_timestamp(properties.timestamp),
-        redelivered=bool(message.redelivered),
+        message_id=given("message_id"),
+        type=given("type"),
+        app_id=given("app_id"),
+        content_type=given("content_type"),
+        content_encoding=given("content_encoding"),
+        timestamp=given("timestamp"),
+        redelivered=incoming.redelivered,
         # anybody may have written the header: only what our own ladder writes is believed
         attempt=(attempt if isinstance(attempt, int) and 0 < attempt < 1000 else 0) + 1,
     )

@@ -1,6 +1,12 @@
 """When the fold runs beside reading: at once when it is quiet, seldom in a backlog, always in the end."""
 
-from hostler_usage.pace import BACKLOG_SECONDS, PATIENCE_FOLDS, PATIENCE_SECONDS, Pace
+from hostler_usage.pace import (
+    MOST_QUIET_SECONDS,
+    PATIENCE_FOLDS,
+    PATIENCE_SECONDS,
+    QUIET_SECONDS,
+    Pace,
+)
 
 
 class Clock:
@@ -29,8 +35,23 @@ def test_a_backlog_is_read_before_it_is_folded() -> None:
     folded(pace, clock)
     pace.batch_read(500, 500)
     assert not pace.may_fold()
-    clock.now = BACKLOG_SECONDS
+    clock.now = MOST_QUIET_SECONDS
     assert pace.may_fold()
+
+
+def test_a_backlog_is_over_when_no_batch_comes_in_twice_the_time_of_the_last() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    folded(pace, clock)
+    for apart, quiet in ((0.1, QUIET_SECONDS), (0.3, 0.6), (5.0, MOST_QUIET_SECONDS)):
+        pace.batch_read(500, 500)
+        clock.now += apart
+        pace.batch_read(500, 500)
+        clock.now += 0.9 * quiet
+        assert not pace.may_fold()
+        clock.now += 0.2 * quiet
+        assert pace.may_fold()
+        folded(pace, clock)
 
 
 def test_a_reader_too_slow_to_fill_its_batches_reads_a_backlog_all_the_same() -> None:

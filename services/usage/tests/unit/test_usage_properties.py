@@ -820,14 +820,13 @@ def shifted(said: Said, shift: timedelta) -> Said:
     period = statement.period
     return (
         key,
-        replace(
-            statement,
+        statement._replace(
             at=statement.at and statement.at + shift,
             born_at=statement.born_at and statement.born_at + shift,
             ended_at=statement.ended_at and statement.ended_at + shift,
             period=period and (period[0] + shift, period[1] + shift),
         ),
-        replace(evidence, event_time=evidence.event_time + shift),
+        evidence._replace(event_time=evidence.event_time + shift),
     )
 
 
