@@ -105,7 +105,16 @@ async def test_every_page_of_glance_is_listed_with_its_hashes(
         )
 
 
-async def test_a_policy_over_glance_puts_its_images_on_a_host(
+def qcow2_of(data: bytes, directory: Path) -> bytes:
+    """The data as a virtual disk, compressed."""
+    raw, shaped = directory / "disk.raw", directory / "disk.qcow2"
+    raw.write_bytes(data)
+    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c"]
+    subprocess.run([*convert, str(raw), str(shaped)], check=True)
+    return shaped.read_bytes()
+
+
+async def test_a_policy_over_glance_puts_its_images_on_a_host_as_raw_disks(
     glance: str,
     session: aiohttp.ClientSession,
     run_service: RunService,
@@ -113,6 +122,11 @@ async def test_a_policy_over_glance_puts_its_images_on_a_host(
     tmp_path: Path,
 ) -> None:
     image = await upload(session, glance, "golden", DATA, tags=["precache"])
+    disk = DATA[: 3 << 20] + bytes(5 << 20)
+    content = await asyncio.to_thread(qcow2_of, disk, tmp_path)
+    shaped = await upload(
+        session, glance, "shaped", content, tags=["precache"], disk_format="qcow2"
+    )
     await upload(session, glance, "other", b"other")
     async with (
         run_service(
@@ -134,13 +148,16 @@ async def test_a_policy_over_glance_puts_its_images_on_a_host(
 
         async def done() -> Any:
             listed = (await service.api.get("/v1/distributions"))["distributions"]
-            return [one for one in listed if one["state"] == "done"]
+            done = {one["image_id"]: one for one in listed if one["state"] == "done"}
+            return done if len(done) == 2 else None
 
-        (distribution,) = await eventually(done)
-        assert distribution["image_id"] == image["id"]
-        assert distribution["verification"] == "hash"
+        distributions = await eventually(done)
+        assert set(distributions) == {image["id"], shaped["id"]}
+        assert {one["verification"] for one in distributions.values()} == {"hash"}
         placed = await asyncio.to_thread((agent.directory / image["id"]).read_bytes)
         assert hashlib.sha512(placed).hexdigest() == image["os_hash_value"]
+        placed = await asyncio.to_thread((agent.directory / shaped["id"]).read_bytes)
+        assert placed == disk
         known = await service.api.get(f"/v1/images/{image['id']}")
         assert (known["name"], known["size_bytes"]) == ("golden", len(DATA))
 

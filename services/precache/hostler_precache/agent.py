@@ -13,6 +13,7 @@ import random
 import uuid
 from collections import Counter
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -22,25 +23,33 @@ from hostler_common import settings as common_settings
 from hostler_common.agent import AgentContext
 from hostler_common.bus import Delivery, Reject
 from hostler_precache import (
+    connections,
     envelope,
+    keeper,
     manifest,
     messages,
     pieces,
     placement,
     protocol,
+    shelf,
+    swarm,
 )
 from hostler_precache.blobs import Blob, BlobServer
-from hostler_precache.download import Download
+from hostler_precache.download import Download, Received
 from hostler_precache.manifest import BlobId, Manifest, ManifestError
 from hostler_precache.metrics import AgentMetrics
 from hostler_precache.peers import HttpPeerClient
+from hostler_precache.placement import Wanted
 from hostler_precache.protocol import REASON_CHARACTERS, DesiredImage, HostState
 from hostler_precache.settings import AgentSettings
+from hostler_precache.shelf_records import Record
 
 log = logs.get(__name__)
 
 MIN_REPORT_SECONDS = 0.1
 MAX_REPORTED = 1000
+REPAIR_SECONDS = 600.0
+PAUSED = "paused"
 
 
 class _Refused(Exception):
@@ -62,12 +71,36 @@ class _Work:
         self.reason: str | None = None
         self.blob: Blob | None = None
         self.download: Download | None = None
+        self.received = Received()
+        self.sent_bytes: Counter[str] = Counter()
+        self.resumed = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.ended_at: float | None = None
 
+    @property
+    def placed(self) -> Wanted:
+        """The image as placers know it."""
+        image = self.wanted
+        return Wanted(
+            image_id=manifest.ImageId(image.image_id),
+            blob_id=self.blob_id,
+            disk_format=image.disk_format,
+        )
+
+    def tell_swarm(self) -> None:
+        """The download knows whom to ask, and how fast it may."""
+        if self.download is not None:
+            image = self.wanted
+            self.download.set_swarm(
+                image.seeds,
+                {one.host: one.url for one in image.neighbours},
+                outside=[one.host for one in image.neighbours if not one.in_rack],
+            )
+            self.download.limit(image.limit_bytes_per_second)
+
     def report(self) -> protocol.BlobReport:
         """What precache is told."""
-        download, blob = self.download, self.blob
+        download, blob, received = self.download, self.blob, self.received
         pieces_done = blob.have.bit_count() if blob else 0
         bytes_done = download.bytes_done if download else 0
         if blob is not None and self.state in (HostState.CACHED, HostState.EXISTING):
@@ -79,12 +112,27 @@ class _Work:
             reason=self.reason,
             pieces_done=pieces_done,
             bytes_done=bytes_done,
-            bytes_from_seed=download.received.from_seed if download else 0,
-            bytes_from_peers=download.received.from_peers if download else 0,
-            bytes_wasted=download.received.wasted if download else 0,
-            sent_bytes=dict(blob.sent_bytes) if blob else {},
+            bytes_from_seed=received.from_seed,
+            bytes_from_peers=received.from_peers,
+            bytes_from_rack=received.from_rack,
+            bytes_wasted=received.wasted,
+            sent_bytes=dict(self.sent_bytes),
+            coverage=(
+                swarm.coverage(blob.have, blob.manifest.count, protocol.COVERAGE_BUCKETS)
+                if blob
+                else ""
+            ),
             banned=download.banned if download else [],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Transport:
+    """What a transfer runs on."""
+
+    group: asyncio.TaskGroup
+    session: aiohttp.ClientSession
+    wire: connections.Connections
 
 
 class CacheAgent:
@@ -98,6 +146,7 @@ class CacheAgent:
         settings: AgentSettings,
         token: str | None,
         server: BlobServer,
+        held: shelf.Shelf,
         metrics: AgentMetrics,
     ) -> None:
         self._host = host
@@ -105,10 +154,12 @@ class CacheAgent:
         self._settings = settings
         self._token = token
         self._server = server
+        self._shelf = held
         self._metrics = metrics
         self._session_id = str(uuid.uuid4())
         self._rng = random.Random()  # noqa: S311  breaks ties, guards nothing
         self._works: dict[BlobId, _Work] = {}
+        self._deleted: frozenset[manifest.ImageId] = frozenset()
         self._slots = asyncio.Semaphore(settings.downloads)
         self._look_again = asyncio.Event()
         self._tell_now = asyncio.Event()
@@ -124,26 +175,37 @@ class CacheAgent:
             self._look_again.set()
 
     def watched_by(self, host: str) -> None:
-        """Another host asks for our pieces: if it is new to us, its neighbours include us."""
-        del host
-        self._tell_now.set()
+        """Another host follows our piece map: it serves its own by now.
+
+        If it is new to us, precache will name it as our neighbour.
+        """
+        known = [
+            work.download.try_now(host)
+            for work in self._works.values()
+            if work.download is not None
+        ]
+        if not any(known):
+            self._tell_now.set()
 
     async def run(self) -> None:
         """Keep this host as it should be, until cancelled."""
         url = self._settings.precache_url
-        # keep-alive connections to each peer; how many at once is the downloads' own matter
+        # piece maps: one endless answer from each neighbour in each swarm
         connector = aiohttp.TCPConnector(limit=0)
         async with (
             client.open_api(url, token=self._token, timeout_seconds=10.0) as api,
             aiohttp.ClientSession(connector=connector) as session,
+            connections.Connections() as wire,
             asyncio.TaskGroup() as group,
         ):
             group.create_task(self._report_forever(api))
+            transport = _Transport(group, session, wire)
+            group.create_task(self._keep_house(transport))
             while True:
                 self._look_again.clear()
                 try:
                     answer = await api.get("/v1/desired", host=self._host)
-                    self._adopt(protocol.Desired.model_validate(answer), group, session)
+                    self._adopt(protocol.Desired.model_validate(answer), transport)
                     await self._discard_partials()
                     pause = self._pause_seconds()
                 except (errors.HostlerError, ValueError) as exc:
@@ -169,7 +231,7 @@ class CacheAgent:
         }
         try:
             discarded = await asyncio.to_thread(
-                pieces.discard_others, self._settings.target_dir, wanted
+                pieces.discard_others, self._shelf.directory, wanted
             )
         except OSError as exc:
             log.warning("partials_kept", reason=exc.strerror)
@@ -177,10 +239,9 @@ class CacheAgent:
         if discarded:
             log.info("partials_discarded", blob_ids=discarded)
 
-    def _adopt(
-        self, desired: protocol.Desired, group: asyncio.TaskGroup, session: aiohttp.ClientSession
-    ) -> None:
+    def _adopt(self, desired: protocol.Desired, transport: _Transport) -> None:
         """Start what is new, retry what failed a while ago, stop what is not wanted any more."""
+        self._deleted = frozenset(manifest.ImageId(one) for one in desired.deleted_image_ids)
         wanted = {BlobId(image.blob_id): image for image in desired.images}
         for blob_id in self._works.keys() - wanted.keys():
             work = self._works.pop(blob_id)
@@ -189,25 +250,54 @@ class CacheAgent:
             log.info("image_unwanted", image_id=work.wanted.image_id)
         now = asyncio.get_running_loop().time()
         for blob_id, image in wanted.items():
-            known = self._works.get(blob_id)
-            if known is not None and not self._is_due(known, now):
-                known.wanted = image  # with a token that lasts longer
+            if blob_id not in self._works:
+                self._works[blob_id] = _Work(image)
+                self._start(self._works[blob_id], transport)
                 continue
-            work = self._works[blob_id] = _Work(image)
-            work.task = group.create_task(self._keep(work, session), name=f"keep {blob_id}")
+            work = self._works[blob_id]
+            work.wanted = image  # with a token that lasts longer
+            work.tell_swarm()
+            if not image.paused:
+                work.resumed.set()
+            elif not work.state.is_final and work.resumed.is_set():
+                self._start(work, transport)  # anew: it waits until it is resumed
+            if self._is_due(work, now):
+                self._start(work, transport)
 
     def _is_due(self, work: _Work, now: float) -> bool:
         has_failed = work.state is HostState.ERROR and work.ended_at is not None
         return has_failed and now - (work.ended_at or 0.0) >= self._settings.retry_seconds
 
-    async def _keep(self, work: _Work, session: aiohttp.ClientSession) -> None:
+    def _start(self, work: _Work, transport: _Transport) -> None:
+        """The work begins, after what was left of it has ended; its totals go on."""
+        before, work.ended_at = work.task, None
+        work.state, work.reason = HostState.WAITING, None
+        work.download = work.blob = None
+        work.resumed.clear()
+        if not work.wanted.paused:
+            work.resumed.set()
+        if before is not None:
+            before.cancel()
+        work.task = transport.group.create_task(
+            self._keep(work, transport, before), name=f"keep {work.blob_id}"
+        )
+
+    async def _keep(
+        self, work: _Work, transport: _Transport, before: asyncio.Task[None] | None
+    ) -> None:
         """Get the image into place and serve it, until cancelled or refused."""
-        image = work.wanted
+        if before is not None:
+            await asyncio.wait([before])  # its files are closed
+        if not work.resumed.is_set():
+            work.reason = PAUSED
+            self._tell_now.set()
+            await work.resumed.wait()
+            work.reason = None
         try:
             async with AsyncExitStack() as stack:
                 async with self._slots:
-                    blob = await self._bring(work, session, stack)
-                log.info("image_ready", image_id=image.image_id, state=work.state.value)
+                    blob = await self._bring(work, transport, stack)
+                log.info("image_ready", image_id=work.wanted.image_id, state=work.state.value)
                 self._tell_now.set()
                 self._server.serve(blob)
                 stack.callback(self._server.withdraw, work.blob_id)
@@ -216,6 +306,8 @@ class CacheAgent:
             refused = _first(group)
             assert isinstance(refused, _Refused)
             self._end(work, refused.state, refused.reason)
+        except* placement.UnsupportedError as group:
+            self._end(work, HostState.UNSUPPORTED, str(_first(group)))
         except* pieces.PieceStoreError as group:
             failure = _first(group)
             assert isinstance(failure, pieces.PieceStoreError)
@@ -231,104 +323,178 @@ class CacheAgent:
 
     # --- one image
 
-    async def _bring(
-        self, work: _Work, session: aiohttp.ClientSession, stack: AsyncExitStack
-    ) -> Blob:
+    async def _bring(self, work: _Work, transport: _Transport, stack: AsyncExitStack) -> Blob:
         """The image is in place; what it takes stays open on the stack.
 
         Raises:
             _Refused: it will not be.
+            placement.UnsupportedError: it cannot be placed on this host.
             pieces.PieceStoreError: the disk refused.
         """
-        settings, image = self._settings, work.wanted
+        settings, image, held = self._settings, work.wanted, self._shelf
         if settings.unsupported_reason is not None:
             raise _Refused(HostState.UNSUPPORTED, settings.unsupported_reason)
         limit = settings.max_image_bytes
         if limit is not None and image.size_bytes > limit:
             raise _Refused(HostState.SKIPPED, f"image.too_large: {image.size_bytes} > {limit}")
-        target = placement.target(
-            settings.target_dir, settings.target_template, manifest.ImageId(image.image_id)
-        )
-        listed = await self._manifest(image, session)
-        existing = await asyncio.to_thread(_open_if_exact, target, listed)
-        if existing is not None:
-            stack.callback(os.close, existing)
-            return self._existing(work, listed, existing)
-        if not settings.replace_differing and await asyncio.to_thread(target.exists):
-            raise _Refused(HostState.ERROR, f"target.differs: {target} is another file")
-        # allocates the whole file: on some file systems that writes it
-        store = await asyncio.to_thread(
-            lambda: pieces.PieceStore.open(
-                settings.target_dir,
-                work.blob_id,
-                listed,
-                reserve_bytes=settings.reserve_bytes,
+        target = held.target(work.placed)
+        listed = await self._manifest(image, transport.session)
+        found = await self._find(work, listed, stack)
+        if found is not None:
+            is_ours = await asyncio.to_thread(held.is_ours, work.placed)
+            work.state = HostState.CACHED if is_ours else HostState.EXISTING
+            return found
+        await asyncio.to_thread(held.make_room, work.placed, listed)
+        async with AsyncExitStack() as receiving:
+            store = await asyncio.to_thread(
+                lambda: pieces.PieceStore.open(
+                    held.directory,
+                    work.blob_id,
+                    listed,
+                    reserve_bytes=settings.reserve_bytes,
+                    allocate=False,
+                )
             )
-        )
-        stack.callback(store.close)
-        blob = work.blob = self._blob(work, listed, store.fileno(), have=store.journaled)
-        self._server.serve(blob)
-        stack.callback(self._server.withdraw, work.blob_id)
-        await self._transfer(work, blob, store, session)
-        await asyncio.to_thread(self._place, store, target, listed)
-        work.state = HostState.CACHED
-        return blob
-
-    def _existing(self, work: _Work, listed: Manifest, fd: int) -> Blob:
-        work.blob = self._blob(work, listed, fd, have=(1 << listed.count) - 1)
+            receiving.callback(store.close)
+            blob = work.blob = self._blob(work, listed, store.fileno(), have=store.journaled)
+            self._server.serve(blob)
+            receiving.callback(self._server.withdraw, work.blob_id)
+            async with asyncio.TaskGroup() as group:
+                # beside the transfer: on some file systems it writes the whole file
+                group.create_task(_allocate(store))
+                await self._transfer(work, blob, store, transport)
+            outcome = await asyncio.to_thread(self._place, work, store, listed)
+            if outcome is placement.Outcome.PLACED:
+                work.state = HostState.CACHED
+                stack.push_async_exit(receiving.pop_all())
+                return blob
+        found = await self._find(work, listed, stack)
+        if found is None:
+            raise pieces.TargetExistsError(f"{target} was there, and went: it is tried again")
         work.state = HostState.EXISTING
+        return found
+
+    async def _find(self, work: _Work, listed: Manifest, stack: AsyncExitStack) -> Blob | None:
+        """The image as it is in its place, open on the stack; None where it is not."""
+        fd = await asyncio.to_thread(
+            lambda: self._shelf.find(work.placed, listed, replace=self._settings.replace_differing)
+        )
+        if fd is None:
+            return None
+        stack.callback(os.close, fd)
+        work.blob = self._blob(work, listed, fd, have=listed.all_pieces)
         return work.blob
 
     async def _transfer(
-        self,
-        work: _Work,
-        blob: Blob,
-        store: pieces.PieceStore,
-        session: aiohttp.ClientSession,
+        self, work: _Work, blob: Blob, store: pieces.PieceStore, transport: _Transport
     ) -> None:
-        image = work.wanted
-        download = work.download = Download(
-            blob,
-            store,
-            HttpPeerClient(
-                session,
-                blob_id=work.blob_id,
-                manifest=blob.manifest,
-                token=lambda: work.wanted.token,
-                host=self._host,
-            ),
-            requests=self._settings.requests,
-            rng=self._rng,
-            on_received=lambda source, count: self._metrics.received_bytes.labels(source).inc(
-                count
-            ),
-        )
-        download.set_swarm(image.seeds, {})
+        download = work.download = self._download(work, blob, store, transport)
+        work.tell_swarm()  # the neighbours are known before the first piece moves
         work.state = HostState.TRANSFERRING
         log.info(
-            "transfer_started", image_id=image.image_id, pieces=blob.manifest.count,
+            "transfer_started", image_id=work.wanted.image_id, pieces=blob.manifest.count,
             resumed_pieces=download.pieces_done,
         )  # fmt: skip
         self._tell_now.set()
         await download.run()
 
-    def _place(self, store: pieces.PieceStore, target: Path, listed: Manifest) -> None:
+    def _download(
+        self, work: _Work, blob: Blob, store: pieces.PieceStore, transport: _Transport
+    ) -> Download:
+        received = self._metrics.received_bytes
+        return Download(
+            blob,
+            store,
+            HttpPeerClient(
+                transport.session,
+                transport.wire,
+                store=store,
+                blob_id=work.blob_id,
+                token=lambda: work.wanted.token,
+                host=self._host,
+            ),
+            requests=self._settings.requests,
+            rng=self._rng,
+            host=self._host,
+            received=work.received,
+            on_received=lambda source, count: received.labels(source).inc(count),
+        )
+
+    def _place(self, work: _Work, store: pieces.PieceStore, listed: Manifest) -> placement.Outcome:
         """Give the file its name; blocks."""
         if self._settings.verify_whole and not pieces.is_exactly(store.fileno(), listed):
             store.discard()
             raise _Refused(HostState.ERROR, "storage.damaged: the disk returned other bytes")
-        try:
-            store.place(target, replace=self._settings.replace_differing)
-        except pieces.TargetExistsError:
-            found = _open_if_exact(target, listed)
-            if found is None:
-                raise
-            os.close(found)  # somebody put the very image there meanwhile
-            store.discard()
+        return self._shelf.place(
+            work.placed, store, listed, replace=self._settings.replace_differing
+        )
 
     def _blob(self, work: _Work, listed: Manifest, fd: int, *, have: int) -> Blob:
         key = bytes.fromhex(work.wanted.swarm_key)
-        return Blob(work.blob_id, manifest=listed, key=key, fd=fd, have=have)
+        blob = Blob(work.blob_id, manifest=listed, key=key, fd=fd, have=have)
+        blob.sent_bytes = work.sent_bytes  # totals of the agent's run, not of this file's
+        return blob
+
+    # --- all images
+
+    async def _keep_house(self, transport: _Transport) -> None:
+        """Placed files are pinned, checked, repaired, and removed when their time has come."""
+
+        def lost(one: Wanted) -> None:
+            work = self._works.get(one.blob_id)
+            if work is not None and work.state.is_final:
+                self._start(work, transport)
+
+        def damaged(blob_id: BlobId, found: int) -> None:
+            work = self._works.get(blob_id)
+            if work is not None and work.blob is not None:
+                work.blob.lose(found)
+
+        async def repair(record: Record, path: Path, listed: Manifest, found: int) -> int:
+            return await self._repair(transport, record.blob_id, path, listed, found)
+
+        await keeper.run(
+            self._shelf,
+            wanted=lambda: frozenset(work.placed for work in self._works.values()),
+            deleted=lambda: self._deleted,
+            lost=lost,
+            damaged=damaged,
+            repair=repair,
+            settings=self._settings,
+            metrics=self._metrics,
+        )
+
+    async def _repair(
+        self,
+        transport: _Transport,
+        blob_id: BlobId,
+        path: Path,
+        listed: Manifest,
+        found: int,
+    ) -> int:
+        """Fetch the pieces of a placed file anew; returns those that are still damaged."""
+        work = self._works.get(blob_id)
+        if work is None or work.blob is None or work.wanted.paused:
+            return found
+        blob = work.blob
+        try:
+            store = await asyncio.to_thread(
+                lambda: pieces.PieceStore.reopen(path, listed, damaged=found)
+            )
+            try:
+                for piece in swarm.members(found & store.journaled):
+                    blob.add(piece)  # zeros, which never travel
+                download = work.download = self._download(work, blob, store, transport)
+                work.tell_swarm()
+                async with asyncio.timeout(REPAIR_SECONDS):
+                    await download.run()
+            finally:
+                await asyncio.to_thread(store.close)
+        except* TimeoutError:
+            log.warning("repair_unfinished", image_id=work.wanted.image_id)
+        except* pieces.PieceStoreError as group:
+            log.warning("repair_failed", image_id=work.wanted.image_id, reason=str(_first(group)))
+        return found & ~blob.have
 
     async def _manifest(self, image: DesiredImage, session: aiohttp.ClientSession) -> Manifest:
         """The piece list, checked against the root that precache named.
@@ -388,32 +554,41 @@ class CacheAgent:
         report = protocol.HostReport(
             url=self._url,
             session_id=self._session_id,
-            free_bytes=await asyncio.to_thread(_free_bytes, settings.target_dir),
+            free_bytes=await asyncio.to_thread(_free_bytes, self._shelf.directory),
+            link_bytes_per_second=settings.link_bytes_per_second,
+            labels=dict(settings.labels),
             blobs=[work.report() for work in works[:MAX_REPORTED]],
         )
         reply = protocol.ReportReply.model_validate(
             await api.put(f"/v1/hosts/{self._host}/report", report.model_dump(mode="json"))
         )
-        for blob_id, swarm in reply.swarms.items():
+        for blob_id, told in reply.swarms.items():
             work = self._works.get(BlobId(blob_id))
-            if work is not None and work.download is not None:
-                work.download.set_swarm(
-                    swarm.seeds, {one.host: one.url for one in swarm.neighbours}
+            if work is not None:
+                work.wanted = work.wanted.model_copy(
+                    update={
+                        "seeds": told.seeds,
+                        "neighbours": told.neighbours,
+                        "limit_bytes_per_second": told.limit_bytes_per_second,
+                    }
                 )
+                work.tell_swarm()
+        if reply.look_again:
+            self._look_again.set()
 
 
-def _open_if_exact(target: Path, listed: Manifest) -> int | None:
-    """A descriptor of the target, if it is there and is the image; reads all of it."""
+async def _allocate(store: pieces.PieceStore) -> None:
+    """The room is taken; not given up before the thread is done with the file.
+
+    Raises:
+        pieces.NoSpaceError: there is none any more.
+    """
+    taking = asyncio.ensure_future(asyncio.to_thread(store.allocate))
     try:
-        fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise pieces.PieceStoreError(f"{target}: {exc.strerror}") from exc
-    if pieces.is_exactly(fd, listed):
-        return fd
-    os.close(fd)
-    return None
+        await asyncio.shield(taking)
+    except asyncio.CancelledError:
+        await asyncio.wait([taking])
+        raise
 
 
 def _free_bytes(directory: Path) -> int | None:
@@ -459,6 +634,7 @@ async def create(context: AgentContext) -> None:
         settings=settings,
         token=common_settings.read_token(settings),
         server=server,
+        held=shelf.open_shelf(settings),
         metrics=metrics,
     )
     server.attach(context.app)

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,7 +16,9 @@ from hostler_common.health import Health
 from hostler_precache import (
     agent_api,
     api,
+    cloud,
     distributions_api,
+    glance_events,
     messages,
     pages,
     policies_api,
@@ -26,12 +27,12 @@ from hostler_precache.blobs import BlobServer
 from hostler_precache.distribution_store import DistributionStore
 from hostler_precache.jobs import FORGET_SECONDS, Pipeline
 from hostler_precache.metrics import Metrics
-from hostler_precache.plugins import Plugins, Surroundings
+from hostler_precache.plugins import Plugins
 from hostler_precache.policy_store import PolicyStore
 from hostler_precache.reports import Reports
 from hostler_precache.rollout_jobs import Rollouts
 from hostler_precache.seed import Seed
-from hostler_precache.settings import Settings, read_secret
+from hostler_precache.settings import Settings
 from hostler_precache.store import Store
 from hostler_precache.swarm_store import SwarmStore
 from hostler_precache.tracker import Tracker
@@ -80,12 +81,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         tracker = Tracker(swarms, member_seconds=settings.member_seconds)
         reports = Reports(store, distributions, swarms)
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        surroundings = Surroundings(
-            session=session,
-            glance_url=settings.glance_url,
-            glance_token=read_secret(settings.glance_token_file),
-            file_roots=[Path(root) for root in settings.file_roots],
-        )
+        surroundings = cloud.surroundings(settings, session)
         server = BlobServer(slots=settings.upload_slots, on_sent=metrics.seed_sent_bytes.inc)
         seed = Seed(
             name=settings.seed_id,
@@ -105,6 +101,18 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             plugins=Plugins(surroundings),
             metrics=metrics,
         )
+        kept = quarantine.Quarantine(pool=pool)
+        if settings.glance_amqp_url is not None:
+            glance_events.listen(
+                process,
+                bus,
+                settings.glance_amqp_url,
+                durable_exchange=settings.glance_exchange_durable,
+                quarantine=kept,
+                consumer=glance_events.GlanceConsumer(
+                    policies_due=policies.run_lister_now, image_deleted=pipeline.image_deleted
+                ),
+            )
         process.relay_outbox(pool, bus)
         process.spawn(reports.run(), name="reports")
         process.every(1.0, tracker.refresh, name="swarms")
@@ -126,7 +134,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             "tracker": tracker,
             "reports": reports,
             "settings": settings,
-            "quarantine": quarantine.Quarantine(pool=pool),
+            "quarantine": kept,
         }
         process.serve_http(
             http_app(settings, state=state, health=process.health, registry=process.registry)

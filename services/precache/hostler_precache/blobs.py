@@ -2,7 +2,8 @@
 
     GET /v1/blobs/{blob_id}          a range of verified pieces (206), or the whole blob (200)
     GET /v1/blobs/{blob_id}/next     seed only: the next piece that was never sent; 204 when all were
-    GET /v1/blobs/{blob_id}/pieces   which pieces there are, then each new one as it comes (NDJSON)
+    GET /v1/blobs/{blob_id}/pieces   which pieces there are, then each new one as it comes, and those
+                                     that are on their way here from outside the rack (NDJSON)
 
 Invariants: only verified pieces leave; at most `slots` of them at once, a few askers wait, the
 rest are told to come back; every byte that leaves is counted, by distribution, here at the
@@ -12,18 +13,20 @@ sender. Bytes go by `loop.sendfile`: the plain asyncio loop has it, uvloop has n
 import asyncio
 import json
 import os
+import re
+import socket
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Final
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import BinaryIO, Final
 
 from aiohttp import hdrs, web
 
 from hostler_common import errors, logs
-from hostler_precache import swarm, tokens
+from hostler_precache import swarm, tokens, uploads
 from hostler_precache.manifest import BlobId, Manifest, Span
-from hostler_precache.swarm import SeedPolicy, UploadSlots
+from hostler_precache.swarm import SeedPolicy
 
 log = logs.get(__name__)
 
@@ -35,6 +38,9 @@ SPREAD_SECONDS: Final = 2.0
 # a reader slower than this for a whole piece gives its slot back to the others
 SLOWEST_BYTES_PER_SECOND: Final = 128 * 1024
 _SEND_FLOOR_SECONDS: Final = 20.0
+REMEMBERED_TOKENS: Final = 1024
+_TLS_CHUNK_BYTES: Final = 256 * 1024
+_RANGE: Final = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 class BlobNotFound(errors.NotFound):
@@ -54,6 +60,10 @@ class RangeInvalid(errors.HostlerError):
 
     code = "precache.blob.range_invalid"
     status = 416
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(f"only one range, as bytes=first-last, of the blob's {size_bytes} bytes")
+        self.size_bytes = size_bytes
 
 
 class SenderBusy(errors.TooMany):
@@ -87,7 +97,8 @@ class Blob:
         self.sent_bytes: Counter[str] = Counter()
         self._fd = fd
         self._have = have
-        self._watchers: set[asyncio.Event] = set()
+        self._watchers: set[_Watcher] = set()
+        self._grants: dict[str, tokens.Grant] = {}  # by token, each verified
 
     @property
     def have(self) -> int:
@@ -99,24 +110,64 @@ class Blob:
         self._have |= 1 << piece
         self.wake_watchers()
 
+    def lose(self, pieces: int) -> None:
+        """These pieces are damaged: they are not served until they are added again."""
+        self._have &= ~pieces
+        for watcher in self._watchers:
+            watcher.told &= ~pieces
+
+    def claim(self, piece: int) -> None:
+        """The piece is being fetched from outside the rack: those who watch are told, too."""
+        for watcher in self._watchers:
+            watcher.coming |= 1 << piece
+        self.wake_watchers()
+
     def wake_watchers(self) -> None:
         """Those who watch look again."""
         for watcher in self._watchers:
-            watcher.set()
+            watcher.changed.set()
 
-    def reopen(self) -> int:
-        """A descriptor of the same file with a position of its own, whatever its name now is."""
-        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+    def opened(self) -> BinaryIO:
+        """The file with a position of its own, whatever its name now is; to be closed."""
+        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.fdopen(fd, "rb", buffering=0)
+
+    def granted(self, token: str) -> tokens.Grant:
+        """What the token allows; one that was seen is not verified again, until it expires.
+
+        Raises:
+            Forbidden: nothing.
+        """
+        now = time.time()
+        grant = self._grants.get(token)
+        if grant is None or grant.expires_at <= now:
+            try:
+                grant = tokens.verify(token, self.key, blob_id=self.blob_id, now=now)
+            except tokens.TokenError as exc:
+                raise errors.Forbidden(str(exc)) from exc
+            if len(self._grants) >= REMEMBERED_TOKENS:
+                self._grants.clear()
+            self._grants[token] = grant
+        return grant
 
     @asynccontextmanager
-    async def watching(self) -> AsyncIterator[asyncio.Event]:
-        """An event that is set whenever pieces were added."""
-        watcher = asyncio.Event()
+    async def watching(self) -> AsyncIterator["_Watcher"]:
+        """Somebody who is told whenever pieces were added or claimed."""
+        watcher = _Watcher()
         self._watchers.add(watcher)
         try:
             yield watcher
         finally:
             self._watchers.discard(watcher)
+
+
+class _Watcher:
+    """One who follows a piece map: woken by `changed`."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.told = 0
+        self.coming = 0
 
 
 class BlobServer:
@@ -126,8 +177,8 @@ class BlobServer:
         self,
         *,
         slots: int,
-        queue: int = 8,
-        queue_seconds: float = 0.25,
+        queue: int = 64,
+        queue_seconds: float = 4.0,
         on_sent: Callable[[int], None] = lambda count: None,
         on_watcher: Callable[[str], None] = lambda host: None,
     ) -> None:
@@ -141,7 +192,7 @@ class BlobServer:
             on_watcher: called with the name of a host that begins to watch a blob.
         """
         self._blobs: dict[BlobId, Blob] = {}
-        self._slots = _Slots(slots, queue, queue_seconds)
+        self._slots = uploads.Slots(slots, queue=queue, queue_seconds=queue_seconds)
         self._on_sent = on_sent
         self._on_watcher = on_watcher
         self._stopping = False
@@ -195,7 +246,7 @@ class BlobServer:
         policy = blob.policy
         piece = touched.start
         # who asks for exactly a piece is a member of the swarm, and gets it when that is good for all
-        is_piece = len(touched) == 1 and span == blob.manifest.span(piece)
+        is_piece = hdrs.RANGE in request.headers and span == blob.manifest.span(piece)
         async with self._slots.taken():
             if policy is None or not is_piece:
                 return await self._send(request, blob, grant, span)
@@ -223,26 +274,25 @@ class BlobServer:
         self._on_watcher(_host(request))
         response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/x-ndjson"})
         await response.prepare(request)
-        async with blob.watching() as changed:
-            told = blob.have
+        async with blob.watching() as watcher:
+            watcher.told = blob.have
             count = blob.manifest.count
-            await response.write(_line({"have": swarm.to_hex(told, count)}))
+            await response.write(_line({"have": swarm.to_hex(watcher.told, count)}))
             while not self._stopping:
-                changed.clear()
-                new = blob.have & ~told
-                if new:
-                    told |= new
-                    pieces = list(swarm.members(new))
-                    for some in range(0, len(pieces), MAP_LINE_PIECES):
-                        line = _line({"add": pieces[some : some + MAP_LINE_PIECES]})
+                watcher.changed.clear()
+                new, coming = blob.have & ~watcher.told, watcher.coming & ~blob.have
+                watcher.told, watcher.coming = blob.have, 0
+                for name, pieces in (("add", new), ("coming", coming)):
+                    for line in _lines(name, pieces):
                         await response.write(line)
+                if new or coming:
                     await asyncio.sleep(MAP_BATCH_SECONDS)
-                else:
-                    try:
-                        async with asyncio.timeout(MAP_HEARTBEAT_SECONDS):
-                            await changed.wait()
-                    except TimeoutError:
-                        await response.write(b"\n")
+                    continue
+                try:
+                    async with asyncio.timeout(MAP_HEARTBEAT_SECONDS):
+                        await watcher.changed.wait()
+                except TimeoutError:
+                    await response.write(b"\n")
         await response.write_eof()
         return response
 
@@ -279,23 +329,25 @@ class BlobServer:
             ConnectionResetError: the asker went away, or read too slowly.
         """
         response = _head(blob, span, request)
-        await response.prepare(request)
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the asker went away")
-        loop = asyncio.get_running_loop()
         limit = _SEND_FLOOR_SECONDS + span.length / SLOWEST_BYTES_PER_SECOND
-        with os.fdopen(blob.reopen(), "rb", buffering=0) as file:
+        count = 0
+        with blob.opened() as file:
+            file.seek(span.start)
             try:
                 async with asyncio.timeout(limit):
-                    await loop.sendfile(transport, file, span.start, span.length)
+                    with _corked(transport):  # the head leaves with the first bytes
+                        await response.prepare(request)
+                        await _transmit(transport, response, file, span)
             except TimeoutError as exc:
                 transport.abort()
                 raise ConnectionResetError("the asker reads too slowly") from exc
             except (OSError, RuntimeError) as exc:  # RuntimeError: the transport is closing
                 raise ConnectionResetError("the asker went away") from exc
             finally:
-                # sendfile leaves the position after the last byte that it handed to the socket
+                # the position is after the last byte that was handed to the connection
                 count = max(0, file.tell() - span.start)
                 blob.sent_bytes[grant.distribution_id] += count
                 self._on_sent(count)
@@ -309,61 +361,7 @@ class BlobServer:
         blob = self._blobs.get(BlobId(request.match_info["blob_id"]))
         if blob is None:
             raise BlobNotFound("no such blob is served here")
-        try:
-            grant = tokens.verify(token, blob.key, blob_id=blob.blob_id, now=time.time())
-        except tokens.TokenError as exc:
-            raise errors.Forbidden(str(exc)) from exc
-        return blob, grant
-
-
-class _Slots:
-    """Upload slots with a short queue, first come first served."""
-
-    def __init__(self, slots: int, queue: int, queue_seconds: float) -> None:
-        self._slots = UploadSlots(slots, queue=queue)
-        self._queue_seconds = queue_seconds
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    @property
-    def active(self) -> int:
-        return self._slots.active
-
-    @asynccontextmanager
-    async def taken(self) -> AsyncIterator[None]:
-        await self._take()
-        try:
-            yield
-        finally:
-            self._give_back()
-
-    async def _take(self) -> None:
-        if self._slots.take():
-            return
-        if not self._slots.enqueue():
-            raise SenderBusy("every slot is taken and the queue is full")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            async with asyncio.timeout(self._queue_seconds):
-                await turn
-        except BaseException as exc:
-            if turn.done() and not turn.cancelled():
-                self._give_back()  # the slot came in the same moment
-            if isinstance(exc, TimeoutError):
-                raise SenderBusy("no slot came free in time") from exc
-            raise
-        finally:
-            self._slots.dequeue()
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-
-    def _give_back(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)  # the slot changes hands and never looks free
-                return
-        self._slots.give_back()
+        return blob, blob.granted(token)
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -377,6 +375,8 @@ def _answering(handler: Handler) -> Handler:
             return await handler(request)
         except errors.HostlerError as exc:
             return problem(exc)
+        except uploads.QueueFull as exc:
+            return problem(SenderBusy(str(exc)))
         except ConnectionError:
             # the asker went away in the middle: nothing more can be said on this connection
             if request.transport is not None:
@@ -389,6 +389,8 @@ def _answering(handler: Handler) -> Handler:
 def problem(error: errors.HostlerError) -> web.Response:
     """An error of the tree as RFC 9457 says it."""
     headers = {}
+    if isinstance(error, RangeInvalid):
+        headers[hdrs.CONTENT_RANGE] = f"bytes */{error.size_bytes}"
     if error.retry_after_seconds is not None:
         headers[hdrs.RETRY_AFTER] = str(error.retry_after_seconds)
     return web.json_response(
@@ -400,18 +402,20 @@ def problem(error: errors.HostlerError) -> web.Response:
 
 
 def _span(request: web.Request, size_bytes: int) -> Span:
-    try:
-        asked = request.http_range
-    except ValueError as exc:
-        raise RangeInvalid("only one range, as bytes=first-last") from exc
-    start, stop = asked.start, asked.stop
-    if start is None:
+    """The bytes that are asked for: all, or one range (RFC 9110, section 14.1.2)."""
+    text = request.headers.get(hdrs.RANGE)
+    if text is None:
         return Span(start=0, stop=size_bytes)
-    if start < 0:
-        start = max(0, size_bytes + start)
-    stop = size_bytes if stop is None else min(stop, size_bytes)
+    asked = _RANGE.fullmatch(text)
+    if asked is None:
+        raise RangeInvalid(size_bytes)
+    first, last = asked.groups()
+    if first:
+        start, stop = int(first), min(int(last) + 1, size_bytes) if last else size_bytes
+    else:
+        start, stop = max(0, size_bytes - int(last or 0)), size_bytes
     if start >= stop:
-        raise RangeInvalid(f"the blob has {size_bytes} bytes")
+        raise RangeInvalid(size_bytes)
     return Span(start=start, stop=stop)
 
 
@@ -433,9 +437,46 @@ def _head(blob: Blob, span: Span, request: web.Request) -> web.StreamResponse:
     return response
 
 
+@contextmanager
+def _corked(transport: asyncio.Transport) -> Iterator[None]:
+    """Small writes leave together with what follows them: one packet and one wake-up less a piece."""
+    connection = transport.get_extra_info("socket")
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    try:
+        yield
+    finally:
+        if not transport.is_closing():
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
+
+async def _transmit(
+    transport: asyncio.Transport, response: web.StreamResponse, file: BinaryIO, span: Span
+) -> None:
+    """The bytes are handed to the connection; the file's position says how many, should it end early."""
+    loop = asyncio.get_running_loop()
+    if transport.get_extra_info("sslcontext") is None:
+        await loop.sendfile(transport, file, span.start, span.length)
+        return
+    # what is encrypted passes through this process: about a CPU-second more a GiB
+    left = span.length
+    while left:
+        chunk = await asyncio.to_thread(file.read, min(left, _TLS_CHUNK_BYTES))
+        if not chunk:
+            raise ConnectionResetError("the file became shorter")
+        await response.write(chunk)
+        left -= len(chunk)
+
+
 def _host(request: web.Request) -> str:
     return request.headers.get(HOST_HEADER) or request.remote or "unknown"
 
 
 def _line(document: dict[str, object]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def _lines(name: str, pieces: int) -> Iterator[bytes]:
+    """The set as lines of a piece map, none of them long."""
+    found = list(swarm.members(pieces))
+    for some in range(0, len(found), MAP_LINE_PIECES):
+        yield _line({name: found[some : some + MAP_LINE_PIECES]})

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from datetime import datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import Annotated, Self
 from uuid import UUID
 
@@ -255,17 +255,13 @@ def detail(
     """The view of a distribution with its hosts."""
     view = DistributionView.model_validate(record)
     found = estimate.estimate(
-        record, hosts, seed_bytes_per_second=_seed_speed(settings), now=tracking.now()
+        record, hosts, seed_bytes_per_second=settings.link_bytes_per_second, now=datetime.now(UTC)
     )
     return DistributionDetail(
         **view.model_dump(),
         estimate=None if found is None else EstimateView.model_validate(found),
         progress=[HostProgressView.model_validate(host) for host in hosts],
     )
-
-
-def _seed_speed(settings: Settings) -> int:
-    return settings.link_bytes_per_second or bound.ASSUMED_LINK_BYTES_PER_SECOND
 
 
 @router.post("/distributions", status_code=202, dependencies=[auth.require(Role.OPERATOR)])
@@ -346,11 +342,11 @@ async def plan(
     if size_bytes is not None:
         found = bound.bound(
             size_bytes,
-            seed_bytes_per_second=_seed_speed(settings),
+            seed_bytes_per_second=settings.link_bytes_per_second,
             hosts_bytes_per_second=links,
             total_bytes_per_second=how.total_bytes_per_second,
         )
-    begins_at = rollout.next_open(how.windows, tracking.now())
+    begins_at = rollout.next_open(how.windows, datetime.now(UTC))
     is_in_time = None
     if how.deadline_at is not None and found is not None:
         is_in_time = (

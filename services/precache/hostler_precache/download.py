@@ -1,56 +1,36 @@
 """One blob being fetched from a seed and from peers, until it is complete.
 
-Workers take the next best request (a piece of the seed's choice while it injects, else the rarest
-piece of a neighbour, else an orphan from the seed), verify what comes in a thread, and only then
-let it count, be journaled and be served. Decisions are `swarm.Picker`'s; this module keeps the
-promises around them: a peer that sends bad pieces is banned, one that fails is left alone for a
-while, and nothing that a peer does ends the download. Only the disk can.
+One dispatcher keeps enough requests out that the downlink never runs dry: whatever happens (a
+piece came, a neighbour told what it has, a peer may be asked again) wakes it, and it asks as long
+as there is something to ask for. What comes is verified in a thread, and only then counts, is
+journaled and served. What to ask of whom is decided by `receiving.Receiver`; this module keeps the
+promises around it: nothing that a peer does ends the download. Only the disk can.
 """
 
 import asyncio
 import contextlib
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from hostler_common import logs
 from hostler_precache import swarm
 from hostler_precache.blobs import Blob
 from hostler_precache.peers import PeerBusyError, PeerClient, PeerError, PieceMissingError
-from hostler_precache.pieces import PieceRejectedError, PieceStore, PieceStoreError
+from hostler_precache.pieces import (
+    Landing,
+    PieceData,
+    PieceRejectedError,
+    PieceStore,
+    PieceStoreError,
+)
+from hostler_precache.receiving import Receiver, Request, Source
 
 log = logs.get(__name__)
 
-BAD_PIECES_TO_BAN: Final = 3
-SEED_REST_SECONDS: Final = 30.0
-FIRST_REST_SECONDS: Final = 0.5
-LONGEST_REST_SECONDS: Final = 30.0
-BUSY_REST_SECONDS: Final = 0.05
-REFUSED_ORPHAN_SECONDS: Final = 0.5
-TIMEOUT_FLOOR_SECONDS: Final = 60.0
-REQUESTS_PER_PEER: Final = 2
 FLUSH_SECONDS: Final = 1.0
-
-
-@dataclass(slots=True)
-class _Peer:
-    """What is known of one that may be asked."""
-
-    name: str
-    url: str
-    is_seed: bool
-    outstanding: int = 0
-    choosing: int = 0
-    failures: int = 0
-    bad_pieces: int = 0
-    is_banned: bool = False
-    is_injected: bool = False
-    not_before: float = 0.0
-    durations: deque[float] = field(default_factory=lambda: deque(maxlen=8))
-    follower: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -59,7 +39,18 @@ class Received:
 
     from_seed: int = 0
     from_peers: int = 0
+    from_rack: int = 0
     wasted: int = 0
+
+
+class _Link:
+    """The way to one source: where it is, and the task that follows its piece map."""
+
+    def __init__(self, source: Source, url: str) -> None:
+        self.source = source
+        self.url = url
+        self.follower: asyncio.Task[None] | None = None
+        self.heard_of = asyncio.Event()
 
 
 class Download:
@@ -73,7 +64,9 @@ class Download:
         *,
         requests: int,
         rng: random.Random,
+        host: str = "",
         clock: Callable[[], float] = time.monotonic,
+        received: Received | None = None,
         on_received: Callable[[str, int], None] = lambda source, count: None,
     ) -> None:
         """A download that begins with the pieces that `blob` has.
@@ -82,24 +75,33 @@ class Download:
             blob: told of each piece, which it serves from then on.
             store: where pieces go.
             client: how pieces are asked for.
-            requests: how many pieces are on their way at once.
+            requests: how many pieces are asked for at once, most of which wait at their senders.
             rng: breaks ties.
+            host: this host's name, as its neighbours know it.
             clock: monotonic seconds.
+            received: totals of earlier attempts, to be added to.
             on_received: called with "seed", "peer" or "wasted" and a count of bytes.
         """
         self._blob = blob
         self._store = store
         self._client = client
-        self._requests = requests
-        self._rng = rng
         self._clock = clock
         self._on_received = on_received
-        self._picker = swarm.Picker(blob.manifest.count, have=blob.have)
-        self._peers: dict[str, _Peer] = {}
-        self._refused: dict[int, float] = {}
+        self._receiver = Receiver(
+            blob.manifest.count,
+            have=blob.have,
+            piece_bytes=blob.manifest.piece_bytes,
+            requests=requests,
+            rng=rng,
+            name=host,
+        )
+        self._picker = self._receiver.picker
+        self._links: dict[str, _Link] = {}
+        self._tasks: dict[Request, asyncio.Task[None]] = {}
+        self._pace: swarm.Pace | None = None
         self._wake = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
-        self.received = Received()
+        self.received = received or Received()
 
     @property
     def pieces_done(self) -> int:
@@ -118,23 +120,51 @@ class Download:
     @property
     def banned(self) -> list[str]:
         """The peers that sent bad pieces too often."""
-        return sorted(peer.name for peer in self._peers.values() if peer.is_banned)
+        return sorted(one.name for one in self._receiver.sources if one.is_banned)
 
-    def set_swarm(self, seeds: Sequence[str], neighbours: Mapping[str, str]) -> None:
-        """Ask these from now on: seeds by URL, neighbours as host -> URL; others no more."""
-        wanted = {f"seed {url}": (url, True) for url in seeds}
-        wanted |= {host: (url, False) for host, url in neighbours.items()}
-        for name, peer in list(self._peers.items()):
-            if peer.is_banned:
+    def set_swarm(
+        self,
+        seeds: Sequence[str],
+        neighbours: Mapping[str, str],
+        *,
+        outside: Collection[str] = (),
+    ) -> None:
+        """Ask these from now on: seeds by URL, neighbours as host -> URL; others no more.
+
+        Of those `outside` the rack, only what nobody in the rack has or is getting.
+        """
+        wanted = {f"seed {url}": (url, True, True) for url in seeds}
+        wanted |= {host: (url, False, host not in outside) for host, url in neighbours.items()}
+        for name, link in list(self._links.items()):
+            source = link.source
+            if source.is_banned:
                 continue  # it stays known, so that it stays banned
-            if wanted.get(name) != (peer.url, peer.is_seed):
-                self._drop(peer)
-                del self._peers[name]
-        for name, (url, is_seed) in wanted.items():
-            if name not in self._peers:
-                self._peers[name] = _Peer(name=name, url=url, is_seed=is_seed)
+            if wanted.get(name) != (link.url, source.is_seed, source.in_rack):
+                self._stop_following(link)
+                self._receiver.drop(name)
+                del self._links[name]
+        for name, (url, is_seed, in_rack) in wanted.items():
+            if name not in self._links:
+                source = self._receiver.add(name, is_seed=is_seed, in_rack=in_rack)
+                self._links[name] = _Link(source, url)
         self._start_followers()
         self._wake.set()
+
+    def limit(self, bytes_per_second: int | None) -> None:
+        """Ask for no more than so much from now on; None: as much as comes."""
+        if bytes_per_second is None:
+            self._pace = None
+        elif self._pace is None or self._pace.bytes_per_second != bytes_per_second:
+            self._pace = swarm.Pace(bytes_per_second)
+        self._wake.set()
+
+    def try_now(self, host: str) -> bool:
+        """A neighbour has been heard of: what waits for it waits no more. Whether it is one."""
+        link = self._links.get(host)
+        if link is None:
+            return False
+        link.heard_of.set()
+        return True
 
     async def run(self) -> None:
         """Return when every piece is verified and journaled.
@@ -148,12 +178,18 @@ class Download:
                 self._group = group
                 self._start_followers()
                 flusher = group.create_task(self._flush_now_and_then())
-                workers = [group.create_task(self._work()) for _ in range(self._requests)]
-                await asyncio.wait(workers)
+                while not self._picker.is_complete:
+                    self._wake.clear()
+                    rest = self._fill(group)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(rest):
+                            await self._wake.wait()
                 self._group = None  # from here on, nobody starts a follower
                 flusher.cancel()
-                for peer in self._peers.values():
-                    self._drop(peer)
+                for task in self._tasks.values():
+                    task.cancel()
+                for link in self._links.values():
+                    self._stop_following(link)
             await asyncio.to_thread(self._store.flush)
             flushed = True
         finally:
@@ -163,150 +199,106 @@ class Download:
                 with contextlib.suppress(PieceStoreError):
                     await asyncio.shield(asyncio.to_thread(self._store.flush))
 
-    # --- workers
+    # --- asking
 
-    async def _work(self) -> None:
-        while not self._picker.is_complete:
-            self._wake.clear()
-            chosen = self._choose()
-            if chosen is None:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._rest_seconds()):
-                        await self._wake.wait()
-                continue
-            peer, piece = chosen
-            peer.outstanding += 1
-            try:
-                await self._ask(peer, piece)
-            finally:
-                peer.outstanding -= 1
-                self._wake.set()
-
-    def _choose(self) -> tuple[_Peer, int | None] | None:
-        """Whom to ask for what; None for the piece means: what the seed chooses."""
+    def _fill(self, group: asyncio.TaskGroup) -> float:
+        """Ask for as much as there is to ask for now; returns how long that is all."""
         now = self._clock()
-        ready = [
-            peer
-            for peer in self._peers.values()
-            if not peer.is_banned
-            and peer.outstanding < REQUESTS_PER_PEER
-            and peer.not_before <= now
-        ]
-        self._rng.shuffle(ready)
-        ready.sort(key=lambda peer: peer.outstanding)
-        seeds = [peer for peer in ready if peer.is_seed]
-        for seed in seeds:
-            if not seed.is_injected and self._picker.missing:
-                return seed, None
-        for peer in ready:
-            if not peer.is_seed:
-                piece = self._picker.pick(peer.name, self._rng)
-                if piece is not None:
-                    return peer, piece
-        orphans = self._picker.orphans() & ~self._refused_now(now)
-        # a piece of the seed's choice that is still on its way would look like an orphan
-        if orphans and seeds and not any(peer.choosing for peer in self._peers.values()):
-            piece = swarm.choose(orphans, self._rng)
-            self._picker.started(piece)
-            return seeds[0], piece
-        return None
+        while True:
+            wait = self._pace.wait_seconds(now) if self._pace is not None else 0.0
+            if wait:
+                return wait
+            request = self._receiver.ask(now)
+            if request is None:
+                return self._receiver.rest_seconds(now)
+            if self._pace is not None:
+                self._pace.spend(self._blob.manifest.piece_bytes, now)
+            source, piece = request.source, request.piece
+            if piece is not None and not source.in_rack:
+                self._blob.claim(piece)
+            url = self._links[source.name].url
+            self._tasks[request] = group.create_task(self._ask(request, url))
 
-    def _refused_now(self, now: float) -> int:
-        self._refused = {piece: until for piece, until in self._refused.items() if until > now}
-        return swarm.bits(self._refused)
-
-    def _rest_seconds(self) -> float:
-        now = self._clock()
-        times = [peer.not_before for peer in self._peers.values()] + list(self._refused.values())
-        return min((at - now for at in times if at > now), default=1.0)
-
-    async def _ask(self, peer: _Peer, piece: int | None) -> None:
-        """One request and all that may become of it; the piece is no longer in flight after."""
-        started = self._clock()
-        timeout = swarm.timeout_seconds(peer.durations, floor=TIMEOUT_FLOOR_SECONDS)
+    async def _ask(self, request: Request, url: str) -> None:
+        """One request and all that may become of it; it is not out any more after."""
+        source, data = request.source, None
         try:
-            if piece is None:
-                peer.choosing += 1
-                try:
-                    answer = await self._client.fetch_next(peer.url, timeout_seconds=timeout)
-                finally:
-                    peer.choosing -= 1
-                if answer is None:
-                    peer.is_injected = True
-                    return
-                chosen, data = answer
-                if not self._picker.is_wanted(chosen):
-                    self._count("wasted", len(data))
-                    return
-                piece = chosen
-                self._picker.started(piece)
+            data = await self._fetch(request, url)
+            if data is not None:
+                assert request.piece is not None
+                if isinstance(data, Landing):  # hashed and in its place already
+                    self._store.write(request.piece, data)
+                else:  # sha256 and pwrite release the interpreter lock
+                    await asyncio.to_thread(self._store.write, request.piece, data)
+                self._arrived(request, len(data))
+        except PeerBusyError as exc:
+            self._receiver.busy(request, exc.retry_after_seconds, self._clock())
+        except PieceMissingError as exc:
+            if request.piece is not None and not source.is_seed:
+                self._receiver.lacking(request)
             else:
-                data = await self._client.fetch(peer.url, piece, timeout_seconds=timeout)
-            # sha256 and pwrite release the interpreter lock
-            await asyncio.to_thread(self._store.write, piece, data)
-        except BaseException as exc:
-            if piece is not None:
-                self._picker.failed(piece)
-            match exc:
-                case PeerBusyError():
-                    self._busy(peer, piece, exc.retry_after_seconds)
-                case PieceMissingError():
-                    self._missing(peer, piece)
-                case PeerError():
-                    self._failed(peer, str(exc))
-                case PieceRejectedError():
-                    self._bad(peer, piece, len(data))
-                case _:
-                    raise
+                self._failed(source, str(exc))
+        except PeerError as exc:
+            self._failed(source, str(exc))
+        except PieceRejectedError:
+            self._rejected(request, len(data or b""))
+        finally:
+            self._receiver.ended(request)
+            self._tasks.pop(request, None)
+            self._wake.set()
+
+    async def _fetch(self, request: Request, url: str) -> PieceData | None:
+        """What came as the piece of the request; None when nothing did that is of use."""
+        source, timeout = request.source, self._receiver.timeout_seconds(request.source)
+        if request.piece is not None:
+            return await self._client.fetch(url, request.piece, timeout_seconds=timeout)
+        answer = await self._client.fetch_next(url, timeout_seconds=timeout)
+        if answer is None:
+            self._receiver.injected(source, self._clock())
+            return None
+        piece, data = answer
+        if not self._receiver.chosen(request, piece):
+            self._count("wasted", len(data))
+            return None
+        return data
+
+    def _arrived(self, request: Request, length: int) -> None:
+        source, piece = request.source, request.piece
+        assert piece is not None
+        losers = self._receiver.arrived(request, self._clock())
+        if losers is None:
+            self._count("wasted", length)
             return
-        self._picker.received(piece)
         self._blob.add(piece)
-        peer.failures = 0
-        peer.durations.append(self._clock() - started)
-        self._count("seed" if peer.is_seed else "peer", len(data))
+        self._count("seed" if source.is_seed else "peer", length, in_rack=source.in_rack)
+        for loser in losers:
+            self._tasks[loser].cancel()
 
-    def _busy(self, peer: _Peer, piece: int | None, retry_after_seconds: float) -> None:
-        if peer.is_seed and piece is not None:
-            # the seed has just given it to somebody else, who will show it soon
-            self._refused[piece] = self._clock() + REFUSED_ORPHAN_SECONDS
-        else:
-            peer.not_before = self._clock() + max(retry_after_seconds, BUSY_REST_SECONDS)
+    def _failed(self, source: Source, reason: str) -> None:
+        if not source.failures:
+            log.info("peer_failed", blob_id=self._blob.blob_id, peer=source.name, reason=reason)
+        self._receiver.failed(source, self._clock())
 
-    def _missing(self, peer: _Peer, piece: int | None) -> None:
-        if piece is not None and not peer.is_seed:
-            self._picker.neighbour_lacks(peer.name, piece)
-        else:
-            self._failed(peer, "the seed does not serve this blob")
-
-    def _failed(self, peer: _Peer, reason: str) -> None:
-        if not peer.failures:
-            log.info("peer_failed", blob_id=self._blob.blob_id, peer=peer.name, reason=reason)
-        rest = min(LONGEST_REST_SECONDS, FIRST_REST_SECONDS * 2**peer.failures)
-        peer.failures = min(peer.failures + 1, 16)
-        peer.not_before = self._clock() + rest
-
-    def _bad(self, peer: _Peer, piece: int | None, count: int) -> None:
-        self._count("wasted", count)
-        peer.bad_pieces += 1
+    def _rejected(self, request: Request, length: int) -> None:
+        source = request.source
+        self._count("wasted", length)
+        self._receiver.rejected(source, self._clock())
         log.warning(
-            "piece_rejected", blob_id=self._blob.blob_id, peer=peer.name, piece=piece,
-            bad_pieces=peer.bad_pieces,
+            "piece_rejected", blob_id=self._blob.blob_id, peer=source.name, piece=request.piece,
+            bad_pieces=source.bad_pieces,
         )  # fmt: skip
-        if peer.bad_pieces < BAD_PIECES_TO_BAN:
-            return
-        if peer.is_seed:  # there may be no other: its operator has to see it, and it may recover
-            peer.not_before = self._clock() + SEED_REST_SECONDS
-            return
-        peer.is_banned = True
-        self._drop(peer)
-        log.warning("peer_banned", blob_id=self._blob.blob_id, peer=peer.name)
+        link = self._links.get(source.name)
+        if source.is_banned and link is not None:
+            self._stop_following(link)
+            log.warning("peer_banned", blob_id=self._blob.blob_id, peer=source.name)
 
-    def _count(self, source: str, count: int) -> None:
+    def _count(self, source: str, count: int, *, in_rack: bool = False) -> None:
         match source:
             case "seed":
                 self.received.from_seed += count
             case "peer":
                 self.received.from_peers += count
+                self.received.from_rack += count if in_rack else 0
             case _:
                 self.received.wasted += count
         self._on_received(source, count)
@@ -316,28 +308,32 @@ class Download:
     def _start_followers(self) -> None:
         if self._group is None:
             return
-        for peer in self._peers.values():
-            if peer.follower is None and not peer.is_seed and not peer.is_banned:
-                peer.follower = self._group.create_task(self._follow(peer))
+        for link in self._links.values():
+            if link.follower is None and not link.source.is_seed and not link.source.is_banned:
+                link.follower = self._group.create_task(self._follow(link))
 
-    async def _follow(self, peer: _Peer) -> None:
+    def _stop_following(self, link: _Link) -> None:
+        if link.follower is not None:
+            link.follower.cancel()
+            link.follower = None
+
+    async def _follow(self, link: _Link) -> None:
+        source = link.source
         while True:
+            link.heard_of.clear()
             try:
-                async for pieces in self._client.follow(peer.url):
-                    self._picker.neighbour_has(peer.name, pieces)
+                async for news in self._client.follow(link.url):
+                    self._receiver.heard(source, news, self._clock())
                     self._wake.set()
                 reason = "it closed the piece map"
             except PeerError as exc:
                 reason = str(exc)
-            self._picker.forget_neighbour(peer.name)
-            self._failed(peer, reason)
-            await asyncio.sleep(max(0.0, peer.not_before - self._clock()))
-
-    def _drop(self, peer: _Peer) -> None:
-        if peer.follower is not None:
-            peer.follower.cancel()
-            peer.follower = None
-        self._picker.forget_neighbour(peer.name)
+            self._receiver.silent(source)
+            self._failed(source, reason)
+            # it may not serve yet: when it does, it follows our map, and then it is tried at once
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, source.not_before - self._clock())):
+                    await link.heard_of.wait()
 
     async def _flush_now_and_then(self) -> None:
         while True:

@@ -30,7 +30,7 @@ from hostler_precache.policy_store import PolicyStore
 from hostler_precache.rollout import Rollout, Targets
 from hostler_precache.seed import Seed
 from hostler_precache.settings import Settings
-from hostler_precache.store import ImageDiffers, Store
+from hostler_precache.store import ImageDiffers, ImageNotFound, Store
 from hostler_precache.swarm_store import SwarmStore
 
 log = logs.get(__name__)
@@ -109,6 +109,16 @@ class Pipeline:
     async def forget_old_keys(self) -> None:
         """Idempotency keys that nobody will repeat any more are gone."""
         await idempotency.forget_old(self._store.pool)
+
+    async def image_deleted(self, image_id: str) -> None:
+        """The image is deleted at its source; one that nobody has named is nobody's loss."""
+        try:
+            async with db.transaction(self._store.pool) as connection:
+                blob_id = await self._store.image_deleted(connection, image_id)
+        except ImageNotFound:
+            return
+        if blob_id is not None:
+            self._tracker.forget(blob_id)
 
     async def retire(self) -> None:
         """Blobs that nobody has wanted for long, or whose image is deleted, are off this disk."""
@@ -202,6 +212,7 @@ class Pipeline:
                     task.image,
                     self._seed.path(task.blob_id),
                     reserve_bytes=self._settings.reserve_bytes,
+                    convert_to_raw=self._settings.convert_to_raw,
                     progress=progress,
                 )
                 renewing.cancel()
@@ -298,6 +309,7 @@ class Pipeline:
                     seed=self._seed.name,
                     manifest=fetched.manifest,
                     verification=fetched.verification,
+                    disk_format=fetched.disk_format,
                 )
                 if ready is not None:
                     event = messages.IMAGE_FETCHED.message(

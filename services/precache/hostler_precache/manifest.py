@@ -5,6 +5,9 @@ is one hash over those, so whoever knows the root (32 bytes, told by precache ov
 authenticated channel) can take the list itself from anywhere. Manifests come over the network:
 `parse` believes nothing it has not bounded and recomputed.
 
+A piece of nothing but zeros is known by its digest alone: it never travels, and is a hole in the
+file. So an image of 40 GB with 2 GB of data costs what 2 GB cost.
+
 Invariant: a `Manifest` that exists is consistent. Its digests number exactly
 ceil(size / piece_size), and `root` is the root of its own content.
 """
@@ -16,6 +19,7 @@ import hmac
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, NewType
 
 BlobId = NewType("BlobId", str)
@@ -31,6 +35,7 @@ SCHEMA: Final = 1
 _ROOT_DOMAIN: Final = b"hostler precache manifest 1\0"
 # 4 TiB in pieces of 16 MiB: 2**18 digests of 32 bytes in base64, and room for the rest
 MAX_MANIFEST_BYTES: Final = 12 * MIB
+_ZEROS: Final = memoryview(bytes(MIN_PIECE_BYTES))
 
 
 class ManifestError(ValueError):
@@ -58,6 +63,20 @@ class Manifest:
     piece_bytes: int
     digests: bytes = field(repr=False)
     root: bytes
+    zero_pieces: int = field(repr=False, compare=False)  # a set: bit i for piece i
+
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes the pieces have that are not all zeros: what travels, and fills the disk."""
+        zeros = self.zero_pieces.bit_count() * self.piece_bytes
+        if self.count and self.zero_pieces >> (self.count - 1) & 1:
+            zeros -= self.count * self.piece_bytes - self.size_bytes
+        return self.size_bytes - zeros
+
+    @property
+    def all_pieces(self) -> int:
+        """The set of every piece."""
+        return (1 << self.count) - 1
 
     @property
     def count(self) -> int:
@@ -146,8 +165,13 @@ def build(*, size_bytes: int, piece_bytes: int, digests: bytes) -> Manifest:
     expected = piece_count(size_bytes, piece_bytes) * DIGEST_BYTES
     if len(digests) != expected:
         raise ManifestError(f"digests are {len(digests)} bytes, the sizes ask for {expected}")
-    root = _root(size_bytes, piece_bytes, digests)
-    return Manifest(size_bytes=size_bytes, piece_bytes=piece_bytes, digests=digests, root=root)
+    return Manifest(
+        size_bytes=size_bytes,
+        piece_bytes=piece_bytes,
+        digests=digests,
+        root=_root(size_bytes, piece_bytes, digests),
+        zero_pieces=_zero_pieces(size_bytes, piece_bytes, digests),
+    )
 
 
 def parse(body: bytes, *, root: bytes | None = None) -> Manifest:
@@ -195,7 +219,7 @@ class Hasher:
         self._filled = 0
         self._size = 0
 
-    def update(self, chunk: bytes) -> None:
+    def update(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take the next bytes of the image."""
         view = memoryview(chunk)
         while view:
@@ -206,6 +230,27 @@ class Hasher:
             view = view[len(part) :]
             if self._filled == self._piece_bytes:
                 self._close_piece()
+
+    def update_zeros(self, length_bytes: int) -> None:
+        """Take so many zero bytes. Whole pieces of them are not hashed: their digest is known.
+
+        Raises:
+            ManifestError: the image is larger than `MAX_IMAGE_BYTES`.
+        """
+        if self._size + length_bytes > MAX_IMAGE_BYTES:
+            raise ManifestError(f"image size out of bounds: {self._size + length_bytes}")
+        head = min(length_bytes, -self._size % self._piece_bytes)
+        self._hash_zeros(head)
+        whole, tail = divmod(length_bytes - head, self._piece_bytes)
+        self._digests += _zero_digest(self._piece_bytes) * whole
+        self._size += whole * self._piece_bytes
+        self._hash_zeros(tail)
+
+    def _hash_zeros(self, length_bytes: int) -> None:
+        while length_bytes:
+            part = _ZEROS[:length_bytes]
+            self.update(part)
+            length_bytes -= len(part)
 
     def finish(self) -> Manifest:
         """The manifest of all that was taken.
@@ -229,6 +274,33 @@ def spans(manifest: Manifest) -> Iterator[tuple[int, Span]]:
     """Every piece with its span, in file order."""
     for piece in range(manifest.count):
         yield piece, manifest.span(piece)
+
+
+def _zero_pieces(size_bytes: int, piece_bytes: int, digests: bytes) -> int:
+    # a bitmap in bytes: setting bits of one large integer would copy it for each
+    count = len(digests) // DIGEST_BYTES
+    found = bytearray(-(-count // 8))
+    zero, at = _zero_digest(piece_bytes), 0
+    while (at := digests.find(zero, at)) >= 0:
+        piece, offset = divmod(at, DIGEST_BYTES)
+        if offset == 0:
+            found[piece // 8] |= 1 << piece % 8
+        at += DIGEST_BYTES - offset
+    last_bytes = size_bytes % piece_bytes
+    if last_bytes:  # a short piece has the digest of fewer zeros, and no claim to the other one
+        bit = 1 << (count - 1) % 8
+        is_zero = digests[-DIGEST_BYTES:] == _zero_digest(last_bytes)
+        found[-1] = found[-1] & ~bit | bit * is_zero
+    return int.from_bytes(found, "little")
+
+
+@lru_cache(maxsize=64)
+def _zero_digest(length_bytes: int) -> bytes:
+    digest = hashlib.sha256()
+    for _ in range(length_bytes // len(_ZEROS)):
+        digest.update(_ZEROS)
+    digest.update(_ZEROS[: length_bytes % len(_ZEROS)])
+    return digest.digest()
 
 
 def _root(size_bytes: int, piece_bytes: int, digests: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """The service's pages: distributions and how far each host is, hosts, policies."""
 
+from datetime import UTC, datetime
 from uuid import UUID
 
 from fastapi import APIRouter, Request
@@ -7,7 +8,7 @@ from fastapi.responses import HTMLResponse
 
 from hostler_common import auth
 from hostler_common.pages import Pages
-from hostler_precache import distributions_api
+from hostler_precache import estimate
 from hostler_precache.deps import DistributionsDep, PoliciesDep, SettingsDep, SwarmsDep
 from hostler_precache.distributions import Distribution, HostProgress
 
@@ -40,7 +41,9 @@ async def distribution(
     """One distribution, host by host, kept current by its events."""
     record = await records.distribution(distribution_id)
     hosts = await records.progress(distribution_id)
-    found = distributions_api.detail(record, hosts, settings).estimate
+    found = estimate.estimate(
+        record, hosts, seed_bytes_per_second=settings.link_bytes_per_second, now=datetime.now(UTC)
+    )
     return pages.render(
         request,
         "distribution.html",
@@ -57,7 +60,7 @@ def _urgency(host: HostProgress) -> tuple[int, str]:
     return _ORDER.index(host.state) if host.state in _ORDER else len(_ORDER), host.host
 
 
-def _pace(record: Distribution, found: distributions_api.EstimateView | None) -> str:
+def _pace(record: Distribution, found: estimate.Estimate | None) -> str:
     if record.paused_reason is not None:
         return f"paused: {record.paused_reason}"
     if not record.is_open:

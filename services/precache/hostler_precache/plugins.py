@@ -5,9 +5,9 @@ by entry points (`hostler.precache.listers`, `hostler.precache.fetchers`), built
 with `Surroundings`, and raise `SourceError` only.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,20 +15,28 @@ from typing import Any, Protocol
 import aiohttp
 from pydantic import SecretStr
 
+from hostler_precache.access import ByKeystone, Fixed, Service, TempAuth
 from hostler_precache.images import Image
+from hostler_precache.keystone import Keystone
+from hostler_precache.source import Hole, Part, Source, SourceError
+
+__all__ = [
+    "FETCHERS",
+    "LISTERS",
+    "Fetcher",
+    "Hole",
+    "Lister",
+    "Part",
+    "Plugins",
+    "Source",
+    "SourceError",
+    "Surroundings",
+    "UnknownPluginError",
+    "check_installed",
+]
 
 LISTERS = "hostler.precache.listers"
 FETCHERS = "hostler.precache.fetchers"
-
-
-class SourceError(Exception):
-    """Why a source gave no image. `reason` is a stable word; `is_transient` says: try again."""
-
-    def __init__(self, reason: str, detail: str, *, is_transient: bool = False) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-        self.is_transient = is_transient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,21 +46,40 @@ class Surroundings:
     session: aiohttp.ClientSession
     glance_url: str | None = None
     glance_token: SecretStr | None = None
+    keystone: Keystone | None = None
+    swift_tempauth: TempAuth | None = None
+    usage_url: str | None = None
+    usage_token: str | None = field(default=None, repr=False)
     file_roots: Sequence[Path] = ()
 
+    def glance(self) -> Service:
+        """Glance, with a token where one is configured; `glance_url` goes before the catalogue.
 
-def glance_headers(surroundings: Surroundings) -> dict[str, str]:
-    """What a request to Glance carries."""
-    token = surroundings.glance_token
-    return {"X-Auth-Token": token.get_secret_value()} if token else {}
+        Raises:
+            SourceError: it is not configured.
+        """
+        if self.keystone is not None:
+            authority = ByKeystone(self.keystone, "image", self.glance_url)
+            return Service("Glance", self.session, authority)
+        if self.glance_url is None:
+            raise SourceError(
+                "source.not_configured", "neither glance_url nor keystone_url is set"
+            )
+        return Service("Glance", self.session, Fixed(self.glance_url, self.glance_token))
 
+    def swift(self) -> Service:
+        """Swift's account: that of the configured user, or of Keystone's project.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """The bytes of an image, opened: one sequential stream, and its length where it is known."""
-
-    size_bytes: int | None
-    chunks: AsyncIterator[bytes]
+        Raises:
+            SourceError: it is not configured.
+        """
+        if self.swift_tempauth is not None:
+            return Service("Swift", self.session, self.swift_tempauth)
+        if self.keystone is None:
+            raise SourceError(
+                "source.not_configured", "neither swift_auth_url nor keystone_url is set"
+            )
+        return Service("Swift", self.session, ByKeystone(self.keystone, "object-store"))
 
 
 class Lister(Protocol):

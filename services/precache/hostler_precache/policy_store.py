@@ -106,14 +106,13 @@ class PolicyStore:
         if status == "UPDATE 0":
             raise PolicyNotFound(f"no policy {policy_id}")
 
-    async def listers_due(self, listers: Sequence[str]) -> int:
-        """Every policy of these listers is due: what they list has changed. Returns how many."""
+    async def run_lister_now(self, lister: str) -> None:
+        """Every policy of the lister is due: what it lists has changed."""
         async with db.transaction(self._pool) as connection:
-            status = await connection.execute(
-                "UPDATE policy SET next_run_at = now() WHERE lister = ANY ($1::text[])",
-                list(listers),
+            await connection.execute(
+                "UPDATE policy SET next_run_at = now() WHERE lister = $1 AND next_run_at > now()",
+                lister,
             )
-        return int(status.removeprefix("UPDATE "))
 
     async def remove_policy(self, policy_id: UUID) -> None:
         """The policy is gone; its distributions stay, and are nobody's.

@@ -3,6 +3,8 @@
 A distribution that needs a decision is locked, so that of several replicas one decides.
 """
 
+from datetime import UTC, datetime
+
 from hostler_common import db, logs
 from hostler_common.bus import Message
 from hostler_precache import messages, rollout, tracker
@@ -42,7 +44,7 @@ class Rollouts:
 
     async def _advance(self, connection: db.Connection, live: LiveDistribution) -> bool:
         """Whether anything about the distribution has changed."""
-        now = tracker.now()
+        now = datetime.now(UTC)
         is_open = rollout.is_open(live.rollout.windows, now)
         wave, deadline_met, events = live.wave, live.deadline_met, list[Message]()
         if wave == 0 and live.blob is not None and not live.is_paused:

@@ -41,7 +41,7 @@ class Seed:
         Raises:
             pieces.PieceStoreError: its file cannot be read.
         """
-        policy = SeedPolicy(manifest.count)
+        policy = SeedPolicy(manifest.count, holes=manifest.zero_pieces)
         await self._open(blob_id, key, manifest, policy)
 
     async def resume(self, record: BlobRecord, manifest_body: bytes) -> bool:
@@ -64,15 +64,7 @@ class Seed:
         *,
         check: bool = False,
     ) -> None:
-        path = self.path(blob_id)
-        try:
-            fd = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as exc:
-            raise pieces.PieceStoreError(f"{path}: {exc.strerror}") from exc
-        # reads the whole file: a seed never sends what it has not verified itself
-        if check and not await asyncio.to_thread(pieces.is_exactly, fd, manifest):
-            os.close(fd)
-            raise pieces.PieceStoreError(f"{path} is not the image any more")
+        fd = await asyncio.to_thread(_opened, self.path(blob_id), manifest if check else None)
         self._descriptors[blob_id] = fd
         self._server.serve(
             Blob(
@@ -110,3 +102,25 @@ class Seed:
             os.close(fd)
         with contextlib.suppress(FileNotFoundError):
             self.path(blob_id).unlink()
+
+
+def _opened(path: Path, expected: Manifest | None) -> int:
+    """A descriptor of the file, which was read through if it has to be as expected; blocks.
+
+    Raises:
+        pieces.PieceStoreError: it cannot be read, or is not what is expected.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise pieces.PieceStoreError(f"{path}: {exc.strerror}") from exc
+    is_good = False
+    try:
+        # a seed never sends what it has not verified itself
+        is_good = expected is None or pieces.is_exactly(fd, expected)
+    finally:
+        if not is_good:
+            os.close(fd)
+    if not is_good:
+        raise pieces.PieceStoreError(f"{path} is not the image any more")
+    return fd

@@ -232,6 +232,7 @@ class Store:
         seed: str,
         manifest: Manifest,
         verification: Verification,
+        disk_format: str,
     ) -> list[DistributionId] | None:
         """The blob is ready and the distributions that waited for it are distributing.
 
@@ -240,10 +241,10 @@ class Store:
         """
         row = await connection.fetchrow(
             "UPDATE blob SET state = 'ready', reason = NULL, size_bytes = $3, fetched_bytes = $3,"
-            "   root = $4, manifest = $5, verification = $6, ready_at = now()"
+            "   root = $4, manifest = $5, verification = $6, disk_format = $7, ready_at = now()"
             " WHERE blob_id = $1 AND seed = $2 AND state = 'fetching' RETURNING image_id",
             UUID(blob_id), seed, manifest.size_bytes, manifest.root, manifest.to_json(),
-            verification.value,
+            verification.value, disk_format,
         )  # fmt: skip
         if row is None:
             return None

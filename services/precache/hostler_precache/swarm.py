@@ -16,12 +16,22 @@ The policies, and why (simulated over N = 5 to 1,000 receivers):
 
 import hashlib
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 MIN_WINDOW_PIECES: Final = 64
 DEFAULT_DEGREE: Final = 10
+DEFAULT_SLOTS: Final = 2
+# of the pieces, so many more may leave a seed than once each without anybody being lost
+SPARE_SHARE: Final = 0.03
+# so many times what is usual is slow
+SLOW: Final = 4.0
+MIN_STUCK_SECONDS: Final = 2.0
+STUCK: Final = 8.0
+FIRST_SLOTS: Final = 2
+OVERDUE_FACTOR: Final = 4
+MIN_OVERDUE_SECONDS: Final = 0.25
 
 
 def bits(pieces: Iterable[int]) -> int:
@@ -76,34 +86,83 @@ def from_hex(text: str, count: int) -> int:
     return pieces
 
 
+def turn(piece: int, name: str, names: Iterable[str]) -> int:
+    """Whose turn it is to bring a piece into the rack: 0 for the first of the names, and so on.
+
+    Each name gets another order, and all who know the same names agree.
+    """
+    ordered = sorted({name, *names})
+    # a multiplicative hash (Knuth): pieces that leave a seed one after the other go to many
+    return (ordered.index(name) - (piece * 2654435761 >> 12)) % len(ordered)
+
+
+def coverage(pieces: int, count: int, buckets: int) -> str:
+    """How much of each of so many equal parts of an image is there, a hex digit each.
+
+    f is all of it; less is the sixteenths, rounded down, but e at the most. With fewer pieces than
+    parts, a piece fills several.
+    """
+    digits = []
+    for bucket in range(buckets if count else 0):
+        first = bucket * count // buckets
+        width = max(1, (bucket + 1) * count // buckets - first)
+        found = (pieces >> first & ((1 << width) - 1)).bit_count()
+        digits.append("f" if found == width else f"{min(14, 16 * found // width):x}")
+    return "".join(digits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """What a neighbour has told of itself since it last did: sets of pieces."""
+
+    have: int = 0
+    coming: int = 0
+
+
 class Picker:
     """What a receiver asks for next.
+
+    How many neighbours have each piece is kept in planes: bit i of plane p is bit p of the count
+    of piece i. A whole piece map is then added, and the rarest of a set found, in a few operations
+    on integers, however many pieces there are.
 
     Invariant: `pick` never returns a piece that is had or in flight, nor one that the neighbour
     is not known to have.
     """
 
-    def __init__(self, count: int, *, have: int = 0, window: int | None = None) -> None:
+    def __init__(
+        self, count: int, *, have: int = 0, window: int | None = None, slots: int = DEFAULT_SLOTS
+    ) -> None:
         """A receiver of `count` pieces.
 
         Args:
             count: pieces in the image.
             have: those it has.
             window: how far past the first gap it asks; a quarter of the image, at least 64.
+            slots: how many a sender sends at once: as many pieces as that are always on their way.
         """
         self._count = count
         self._all = (1 << count) - 1
         self._have = have & self._all
         self._in_flight = 0
+        self._twice = 0
         self._window = max(MIN_WINDOW_PIECES, count // 4) if window is None else window
+        self._endgame = max(2 * slots, count // 100)
         self._maps: dict[str, int] = {}
-        self._copies = [0] * count
-        self._by_copies: dict[int, int] = {0: self._all}
+        self._outside: set[str] = set()
+        self._planes: list[int] = []
+        self._rack_has = 0
+        self._coming = 0
 
     @property
     def have(self) -> int:
         """The pieces it has."""
         return self._have
+
+    @property
+    def in_flight(self) -> int:
+        """The pieces it has asked for."""
+        return self._in_flight
 
     @property
     def missing(self) -> int:
@@ -115,40 +174,92 @@ class Picker:
         """Whether it has them all."""
         return self._have == self._all
 
-    def neighbour_has(self, neighbour: str, pieces: int) -> None:
-        """A neighbour says that it has these pieces too; those past the end are ignored."""
+    def neighbour_has(self, neighbour: str, pieces: int, *, in_rack: bool = True) -> None:
+        """A neighbour says that it has these pieces too; those past the end are ignored.
+
+        One outside the rack is asked only for what nobody in the rack has or is getting.
+        """
         known = self._maps.get(neighbour, 0)
         new = pieces & self._all & ~known
         self._maps[neighbour] = known | new
-        for piece in members(new):
-            self._move(piece, +1)
+        if in_rack:
+            self._rack_has |= new
+        else:
+            self._outside.add(neighbour)
+        self._add(new)
 
     def forget_neighbour(self, neighbour: str) -> None:
         """A neighbour is gone, with all that it had."""
-        for piece in members(self._maps.pop(neighbour, 0)):
-            self._move(piece, -1)
+        self._remove(self._maps.pop(neighbour, 0))
+        self._outside.discard(neighbour)
+        self._look_round()
 
     def neighbour_lacks(self, neighbour: str, piece: int) -> None:
         """A neighbour refused a piece it was believed to have."""
         if self._maps.get(neighbour, 0) >> piece & 1:
             self._maps[neighbour] &= ~(1 << piece)
-            self._move(piece, -1)
+            self._remove(1 << piece)
+            self._look_round()
 
-    def pick(self, neighbour: str, rng: random.Random) -> int | None:
-        """The piece to ask of this neighbour, now in flight; None when it has nothing for us."""
-        wanted = self._maps.get(neighbour, 0) & self.missing
+    def coming(self, pieces: int) -> None:
+        """Somebody in the rack is getting these from outside."""
+        self._coming |= pieces
+
+    def not_coming(self, pieces: int) -> None:
+        """They have come, or had the time to: they are not waited for any more."""
+        self._coming &= ~pieces
+
+    def known(self, neighbour: str) -> int:
+        """The pieces that a neighbour is known to have."""
+        return self._maps.get(neighbour, 0)
+
+    def is_twice(self, piece: int) -> bool:
+        """Whether the piece was asked of two."""
+        return bool(self._twice >> piece & 1)
+
+    def pick(self, neighbour: str, rng: random.Random, *, among: int = -1) -> int | None:
+        """The piece of `among` to ask of this neighbour, now in flight; None where there is none."""
+        wanted = self._maps.get(neighbour, 0) & self.missing & among
+        if wanted and neighbour in self._outside:
+            wanted &= ~(self._rack_has | self._coming)
         if not wanted:
             return None
         gap = self._all & ~self._have
         first = (gap & -gap).bit_length() - 1
         inside = wanted & (((1 << self._window) - 1) << first)
-        piece = self._rarest(inside or wanted, rng)
+        piece = choose(self._rarest(inside or wanted), rng)
         self.started(piece)
+        return piece
+
+    @property
+    def is_endgame(self) -> bool:
+        """Whether only the last few pieces lack, and all of them are in flight."""
+        return not self.missing and 0 < self._in_flight.bit_count() <= self._endgame
+
+    def pick_again(self, neighbour: str, rng: random.Random, *, but: int) -> int | None:
+        """In the endgame: a piece that is in flight from another, to ask of this neighbour too.
+
+        None of those in `but`, and none for a third time.
+        """
+        if not self.is_endgame:
+            return None
+        wanted = self._maps.get(neighbour, 0) & self._in_flight & ~self._twice & ~but
+        if not wanted:
+            return None
+        piece = choose(wanted, rng)
+        self._twice |= 1 << piece
         return piece
 
     def orphans(self) -> int:
         """The missing pieces that no neighbour is known to have."""
-        return self.missing & self._by_copies.get(0, 0)
+        return self.missing & ~self._anywhere()
+
+    def rare(self) -> int:
+        """The missing pieces that at most one neighbour is known to have."""
+        several = 0
+        for plane in self._planes[1:]:
+            several |= plane
+        return self.missing & ~several
 
     def started(self, piece: int) -> None:
         """The piece is in flight."""
@@ -156,35 +267,59 @@ class Picker:
 
     def failed(self, piece: int) -> None:
         """The piece did not come, or was not what it should be: it may be asked for again."""
-        self._in_flight &= ~(1 << piece)
+        bit = 1 << piece
+        if self._twice & bit:
+            self._twice &= ~bit  # the other request for it goes on
+        else:
+            self._in_flight &= ~bit
 
     def received(self, piece: int) -> None:
         """The piece is verified and stored."""
-        self._in_flight &= ~(1 << piece)
-        self._have |= 1 << piece
+        bit = 1 << piece
+        self._in_flight &= ~bit
+        self._twice &= ~bit
+        self._have |= bit
 
     def is_wanted(self, piece: int) -> bool:
         """Whether the piece exists and is neither had nor in flight."""
         return 0 <= piece < self._count and bool(self.missing >> piece & 1)
 
-    def _rarest(self, wanted: int, rng: random.Random) -> int:
-        for copies in sorted(self._by_copies):
-            candidates = wanted & self._by_copies[copies]
-            if candidates:
-                return choose(candidates, rng)
-        raise AssertionError("every piece is in one of the sets")
+    def _rarest(self, wanted: int) -> int:
+        for plane in reversed(self._planes):
+            wanted = wanted & ~plane or wanted
+        return wanted
 
-    def _move(self, piece: int, change: int) -> None:
-        before = self._copies[piece]
-        after = before + change
-        self._copies[piece] = after
-        bit = 1 << piece
-        left = self._by_copies[before] & ~bit
-        if left:
-            self._by_copies[before] = left
-        else:
-            del self._by_copies[before]
-        self._by_copies[after] = self._by_copies.get(after, 0) | bit
+    def _anywhere(self) -> int:
+        found = 0
+        for plane in self._planes:
+            found |= plane
+        return found
+
+    def _add(self, pieces: int) -> None:
+        """Count one more copy of each: binary addition, all columns at once."""
+        planes = self._planes
+        for index, plane in enumerate(planes):
+            if not pieces:
+                return
+            planes[index] = plane ^ pieces
+            pieces &= plane
+        if pieces:
+            planes.append(pieces)
+
+    def _remove(self, pieces: int) -> None:
+        planes = self._planes
+        for index, plane in enumerate(planes):
+            if not pieces:
+                return
+            planes[index] = plane ^ pieces
+            pieces &= ~plane
+        assert not pieces, "a copy is taken away once"
+
+    def _look_round(self) -> None:
+        self._rack_has = 0
+        for name, pieces in self._maps.items():
+            if name not in self._outside:
+                self._rack_has |= pieces
 
 
 @dataclass(slots=True)
@@ -192,6 +327,7 @@ class _Sending:
     """What the seed knows of one piece it has begun to send."""
 
     to: str
+    began: float
     at: float
     copies: int = 0
 
@@ -203,10 +339,19 @@ class SeedPolicy:
     when it was never sent, when the same host asks again, or when the copy sent to somebody else
     has had time to spread: a host that died with the only copy must not stop the others, and the
     others asking all at once must not cost one copy each.
+
+    A slow host asks seldom and so gets few pieces that nobody else has. That these do not slow
+    all, a few copies (`SPARE_SHARE` of the pieces) may leave besides: of pieces that are stuck on
+    their way to it, and, when each piece is out, of those that are still rare.
     """
 
     def __init__(
-        self, count: int, *, available: int | None = None, is_injected: bool = False
+        self,
+        count: int,
+        *,
+        available: int | None = None,
+        is_injected: bool = False,
+        holes: int = 0,
     ) -> None:
         """A seed of `count` pieces.
 
@@ -214,12 +359,16 @@ class SeedPolicy:
             count: pieces in the image.
             available: those that are verified; all, unless given.
             is_injected: each was sent once by an earlier run.
+            holes: pieces of zeros, which never travel.
         """
         self._count = count
         self._all = (1 << count) - 1
         self._available = self._all if available is None else available & self._all
-        self._begun = self._all if is_injected else 0
+        self._begun = self._all if is_injected else holes & self._all
         self._sent: dict[int, _Sending] = {}
+        self._under_way: set[int] = set()
+        self._seconds: float | None = None
+        self._spare = max(1, int(count * SPARE_SHARE))
 
     @property
     def available(self) -> int:
@@ -236,7 +385,15 @@ class SeedPolicy:
         self._available |= pieces & self._all
 
     def next(self, host: str, now: float) -> int | None:
-        """The lowest piece that was never sent, now begun; None when there is none yet or more."""
+        """The lowest piece that was never sent, or is stuck on its way to another; it is begun.
+
+        None when there is none yet, or no more.
+        """
+        stuck = self._stuck(host, now)
+        if stuck is not None:
+            self._spare -= 1
+            self._begin(stuck, host, now)
+            return stuck
         fresh = self._available & ~self._begun
         if not fresh:
             return None
@@ -251,13 +408,18 @@ class SeedPolicy:
             piece: which.
             host: who asks.
             now: a monotonic time.
-            spread_seconds: how long a copy gets to reach others before another one leaves.
+            spread_seconds: how long the first copy gets to reach others before another one leaves.
         """
         if not self._available >> piece & 1:
             return False
         sent = self._sent.get(piece)
-        if sent is not None and sent.to != host and now - sent.at < spread_seconds:
-            return False
+        if sent is not None and sent.to != host:
+            # the larger the swarm, the longer it takes: each copy gets twice the time of the last
+            patience = spread_seconds * 2 ** min(10, max(0, sent.copies - 1))
+            if now - sent.at < patience:
+                if not self.is_injected or self._spare <= 0:
+                    return False
+                self._spare -= 1
         self._begin(piece, host, now)
         return True
 
@@ -266,49 +428,86 @@ class SeedPolicy:
         sending = self._sent[piece]
         sending.at = now
         sending.copies += 1
+        self._under_way.discard(piece)
+        self._seconds = weighted(self._seconds, now - sending.began)
 
     def failed(self, piece: int, host: str) -> None:
         """The sending broke off; unless another copy left, the piece is next again."""
         sending = self._sent.get(piece)
         if sending is not None and sending.to == host and sending.copies == 0:
             del self._sent[piece]
+            self._under_way.discard(piece)
             self._begun &= ~(1 << piece)
 
     def _begin(self, piece: int, host: str, now: float) -> None:
         self._begun |= 1 << piece
         before = self._sent.get(piece)
         copies = before.copies if before is not None else 0
-        self._sent[piece] = _Sending(to=host, at=now, copies=copies)
+        self._sent[piece] = _Sending(to=host, began=now, at=now, copies=copies)
+        if not copies:
+            self._under_way.add(piece)
+
+    def _stuck(self, host: str, now: float) -> int | None:
+        if self._seconds is None or self._spare <= 0:
+            return None
+        late = now - max(MIN_STUCK_SECONDS, STUCK * self._seconds)
+        return min(
+            (
+                piece
+                for piece in self._under_way
+                if self._sent[piece].began < late and self._sent[piece].to != host
+            ),
+            default=None,
+        )
 
 
 class UploadSlots:
     """How many pieces a sender has on the wire at once, and how many askers wait.
 
-    Many at once makes each slow: a piece can be shared on only when it is whole.
+    Many at once makes each slow: a piece can be shared on only when it is whole. So a sender
+    begins with two and adds a slot for each that has left. A sending that takes several times as
+    long as others do is to a slow receiver, which sets the pace: it keeps its connection and gives
+    its slot to the next, up to `OVERDUE_FACTOR` times as many in all.
     """
 
     def __init__(self, slots: int, *, queue: int = 0) -> None:
         self._slots = slots
+        self._opened = min(slots, FIRST_SLOTS)
         self._queue = queue
-        self._active = 0
         self._waiting = 0
+        self._serial = 0
+        self._began: dict[int, float] = {}
+        self._seconds: float | None = None
 
     @property
     def active(self) -> int:
         """How many are being sent."""
-        return self._active
+        return len(self._began)
 
-    def take(self) -> bool:
-        """Take a slot, if one is free."""
-        if self._active >= self._slots:
-            return False
-        self._active += 1
-        return True
+    def take(self, now: float) -> int | None:
+        """Take a slot, if one is free: a ticket to give back."""
+        if len(self._began) >= OVERDUE_FACTOR * self._slots:
+            return None
+        if len(self._began) >= self._opened and self._timely(now) >= self._opened:
+            return None
+        self._serial += 1
+        self._began[self._serial] = now
+        return self._serial
 
-    def give_back(self) -> None:
+    def give_back(self, ticket: int, now: float) -> None:
         """A sending has ended."""
-        assert self._active > 0, "a slot is given back once"
-        self._active -= 1
+        self._seconds = weighted(self._seconds, now - self._began.pop(ticket))
+        self._opened = min(self._slots, self._opened + 1)
+
+    def next_overdue(self, now: float) -> float | None:
+        """In how many seconds the next of those being sent loses its slot, if any can."""
+        if self._seconds is None:
+            return None
+        patience = self._patience()
+        return min(
+            (began + patience - now for began in self._began.values() if began + patience > now),
+            default=None,
+        )
 
     def enqueue(self) -> bool:
         """Take a place among the waiting, if there is one."""
@@ -321,6 +520,32 @@ class UploadSlots:
         """Leave the waiting, with a slot or without."""
         assert self._waiting > 0, "a place is left once"
         self._waiting -= 1
+
+    def _patience(self) -> float:
+        return max(MIN_OVERDUE_SECONDS, SLOW * (self._seconds or 0.0))
+
+    def _timely(self, now: float) -> int:
+        if self._seconds is None:
+            return len(self._began)
+        limit = now - self._patience()
+        return sum(began > limit for began in self._began.values())
+
+
+class Pace:
+    """How soon the next piece may be asked for under a limit; bursts of a second at most."""
+
+    def __init__(self, bytes_per_second: int) -> None:
+        self.bytes_per_second = bytes_per_second
+        self._free_at: float | None = None
+
+    def wait_seconds(self, now: float) -> float:
+        """0 when a piece may be asked for now."""
+        return 0.0 if self._free_at is None else max(0.0, self._free_at - now)
+
+    def spend(self, count: int, now: float) -> None:
+        """So many bytes have been asked for."""
+        free_at = now if self._free_at is None else max(self._free_at, now - 1.0)
+        self._free_at = free_at + count / max(1, self.bytes_per_second)
 
 
 def neighbours(
@@ -366,13 +591,6 @@ def _position(key: str, ring: int, host: str) -> tuple[bytes, str]:
     return digest, host
 
 
-def timeout_seconds(durations: Sequence[float], *, floor: float, factor: float = 4.0) -> float:
-    """How long to wait for a piece from a peer whose last pieces took `durations` seconds.
-
-    Four times the exponentially weighted mean (weight 1/4), and never under `floor`: a fixed
-    time per megabyte either gives up on slow links or waits too long on fast ones.
-    """
-    mean: float | None = None
-    for seconds in durations:
-        mean = seconds if mean is None else mean + (seconds - mean) / 4
-    return floor if mean is None else max(floor, factor * mean)
+def weighted(mean: float | None, seconds: float) -> float:
+    """The exponentially weighted mean, the last weighing 1/4."""
+    return seconds if mean is None else mean + (seconds - mean) / 4

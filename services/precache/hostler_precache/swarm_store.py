@@ -101,11 +101,10 @@ class SwarmStore:
             rows = await connection.fetch(
                 "SELECT * FROM (SELECT DISTINCT ON (blob.blob_id) d.distribution_id, d.priority,"
                 "     d.created_at AS since, d.deadline_at, d.paused_at, d.is_open,"
-                "     image.disk_format, blob.*,"
+                "     blob.*,"
                 "     blob.image_id AS blob_image"
                 "   FROM distribution_host h JOIN distribution d USING (distribution_id)"
                 "   JOIN blob ON blob.blob_id = d.blob_id AND blob.state = 'ready'"
-                "   JOIN image ON image.image_id = d.image_id"
                 "   WHERE h.host = $1 AND d.state IN ('distributing', 'done') AND h.wave <= d.wave"
                 # of several distributions of one blob, one that may go on lets it go on
                 "   ORDER BY blob.blob_id, (d.paused_at IS NULL AND d.is_open) DESC,"

@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
 
 from hostler_common.bus import Message
 from hostler_precache import graph, messages, protocol, tokens
@@ -21,11 +20,6 @@ from hostler_precache.distributions import (
 from hostler_precache.envelope import CacheCall
 from hostler_precache.manifest import BlobId
 from hostler_precache.swarm_store import SwarmStore
-
-
-def now() -> datetime:
-    """The time, in UTC."""
-    return datetime.now(UTC)
 
 
 def grant(blob: BlobRecord, distribution_id: DistributionId, *, token_seconds: int) -> str:

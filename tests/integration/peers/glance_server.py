@@ -1,6 +1,7 @@
 """A whole Glance with a file store and no Keystone, run by the Python of its own environment.
 
-    ENVIRONMENT/bin/python glance_server.py --directory DIRECTORY --port PORT [--amqp-url URL] [--tenants]
+    ENVIRONMENT/bin/python glance_server.py --directory DIRECTORY --port PORT [--amqp-url URL]
+        [--tenants | --keystone-url URL]
 
 Everything it keeps is in the directory, which must exist; images are in DIRECTORY/images, each a file
 named by its id. The process becomes the server: whoever started it ends it. With an address of a
@@ -9,7 +10,7 @@ broker it notifies, as messagingv2, on exchange `glance`.
 Anybody may do anything in it. Without `--tenants` a request has no project, and an image no owner;
 with it, Keystone's middleware is left out of Keystone's pipeline, and Glance takes the headers that
 the middleware would have set (X-Identity-Status: Confirmed, X-Project-Id, X-User-Id, X-Roles) from
-whoever sends them.
+whoever sends them. With Keystone's URL the middleware is there, and asks Keystone of each token anew.
 """
 
 import argparse
@@ -49,6 +50,21 @@ transport_url = {url}
 """
 
 
+AUTHTOKEN = """\
+[keystone_authtoken]
+www_authenticate_uri = {url}
+auth_url = {url}
+auth_type = password
+interface = public
+username = admin
+password = admin
+project_name = admin
+user_domain_name = Default
+project_domain_name = Default
+token_cache_time = -1
+"""
+
+
 def main() -> None:
     """Configure it, make its database, and become it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -56,19 +72,26 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--amqp-url")
     parser.add_argument("--tenants", action="store_true")
+    parser.add_argument("--keystone-url")
     options = parser.parse_args()
     directory, binaries = options.directory, Path(sys.prefix) / "bin"
     for name in ("images", "staging", "tasks"):
         (directory / name).mkdir()
     configuration = CONFIGURATION.format(
-        directory=directory, port=options.port, flavor="keystone" if options.tenants else ""
+        directory=directory,
+        port=options.port,
+        flavor="keystone" if options.tenants or options.keystone_url else "",
     )
     if options.amqp_url:
         url = options.amqp_url.replace("amqp://", "rabbit://", 1)
         configuration += NOTIFICATIONS.format(url=url)
+    if options.keystone_url:
+        configuration += AUTHTOKEN.format(url=options.keystone_url)
     (directory / "glance-api.conf").write_text(configuration)
     packaged = Path(sys.prefix) / "etc" / "glance" / "glance-api-paste.ini"
-    paste = packaged.read_text().replace(" authtoken context ", " context ")
+    paste = packaged.read_text()
+    if not options.keystone_url:
+        paste = paste.replace(" authtoken context ", " context ")
     (directory / "glance-api-paste.ini").write_text(paste)
     sample = subprocess.run(
         [binaries / "oslopolicy-sample-generator", "--namespace", "glance"],

@@ -1,9 +1,10 @@
 """A whole Keystone on SQLite, run by the Python of its own environment.
 
-    ENVIRONMENT/bin/python keystone_server.py --directory DIRECTORY --port PORT --amqp-url URL --format cadf
+    ENVIRONMENT/bin/python keystone_server.py --directory DIRECTORY --port PORT [--amqp-url URL --format cadf]
 
 Everything it keeps is in the directory, which must exist. User `admin` of project `admin` has the
-password `admin`. It notifies, as messagingv2, on exchange `keystone`, in format `cadf` or `basic`.
+password `admin`. With an address of a broker it notifies, as messagingv2, on exchange `keystone`, in format
+`cadf` or `basic`.
 The process becomes the server: whoever started it ends it.
 """
 
@@ -24,6 +25,9 @@ key_repository = {directory}/fernet
 key_repository = {directory}/credential
 [identity]
 password_hash_rounds = 4
+"""
+
+NOTIFICATIONS = """\
 [oslo_messaging_notifications]
 driver = messagingv2
 transport_url = {url}
@@ -44,18 +48,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--amqp-url", required=True)
-    parser.add_argument("--format", choices=("cadf", "basic"), required=True)
+    parser.add_argument("--amqp-url")
+    parser.add_argument("--format", choices=("cadf", "basic"), default="basic")
     options = parser.parse_args()
     directory, binaries = options.directory, Path(sys.prefix) / "bin"
     configuration = directory / "keystone.conf"
-    configuration.write_text(
-        CONFIGURATION.format(
-            directory=directory,
-            format=options.format,
-            url=options.amqp_url.replace("amqp://", "rabbit://", 1),
-        )
-    )
+    text = CONFIGURATION.format(directory=directory, format=options.format)
+    if options.amqp_url:
+        text += NOTIFICATIONS.format(url=options.amqp_url.replace("amqp://", "rabbit://", 1))
+    configuration.write_text(text)
     (directory / "hostler_keystone.py").write_text(APPLICATION)
     os.chdir(directory)
     owner = [f"--keystone-user={os.geteuid()}", f"--keystone-group={os.getegid()}"]

@@ -40,3 +40,6 @@ ALTER TABLE policy ADD COLUMN labels jsonb NOT NULL DEFAULT '{}';
 
 -- Deleted at its source: hosts are told, and no seed keeps it.
 ALTER TABLE image ADD COLUMN deleted_at timestamptz;
+
+-- Of the bytes that are distributed, which is not the source's where they were converted.
+ALTER TABLE blob ADD COLUMN disk_format text;

@@ -1,6 +1,7 @@
 """What leaves a blob server: verified pieces, to those with a token, so many at once."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -15,7 +16,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from hostler_common import servers, testing
-from hostler_precache import manifest, swarm, tokens
+from hostler_precache import blobs, manifest, swarm, tokens
 from hostler_precache.blobs import Blob, BlobServer
 from hostler_precache.manifest import BlobId
 from hostler_precache.testing import image_of
@@ -171,6 +172,11 @@ async def test_without_a_range_all_of_it_comes_and_head_sends_nothing(serve: Ser
         ("5-4", 416, "precache.blob.range_invalid"),
         ("x", 416, "precache.blob.range_invalid"),
         ("0-1,3-4", 416, "precache.blob.range_invalid"),
+        ("-0", 416, "precache.blob.range_invalid"),
+        ("-", 416, "precache.blob.range_invalid"),
+        ("+1-2", 416, "precache.blob.range_invalid"),
+        ("\u0661-\u0662", 416, "precache.blob.range_invalid"),
+        ("0-" + "9" * 5000, 416, "precache.blob.range_invalid"),
     ],
 )
 async def test_a_range_that_is_not_verified_or_not_one_gives_a_problem(
@@ -180,6 +186,8 @@ async def test_a_range_that_is_not_verified_or_not_one_gives_a_problem(
     answer, body, headers = await client.range(asked)
     assert (answer, headers["Content-Type"].split(";")[0]) == (status, "application/problem+json")
     assert code in body.decode()
+    if status == 416:
+        assert headers["Content-Range"] == f"bytes */{len(DATA)}"
     blob.add(1)
     if status == 404:
         assert (await client.range(asked))[0] == 206
@@ -213,9 +221,14 @@ async def test_a_seed_chooses_each_piece_once_and_then_has_no_more(serve: Serve)
     assert [status for status, _, _ in got] == [206] * 6 + [204]
     assert b"".join(body for _, body, _ in got) == DATA
     assert blob.sent_bytes == {DISTRIBUTION: len(DATA)}
-    status, _, headers = await client.range(f"0-{PIECE - 1}", host="host-9")
-    assert (status, headers["Retry-After"]) == (429, "0")
     assert (await client.range(f"0-{PIECE - 1}", host="host-0"))[0] == 206
+    for number in range(10, 30):  # a few more copies are given, and then no more
+        status, _, headers = await client.range(f"0-{PIECE - 1}", host=f"host-{number}")
+        if status == 429:
+            break
+    assert (status, headers["Retry-After"]) == (429, "0")
+    status, body, _ = await client.get(host="host-30")
+    assert (status, body) == (200, DATA)
 
 
 async def test_a_host_is_no_seed(serve: Serve) -> None:
@@ -271,3 +284,125 @@ async def test_a_piece_map_is_pushed_as_pieces_come(serve: Serve) -> None:
         assert await response.content.readline() == b'{"add":[3,5]}\n'
         blob.add(2)
         assert await response.content.readline() == b'{"add":[2]}\n'
+
+
+async def test_the_whole_of_an_image_of_one_piece_is_no_piece_of_the_swarm(serve: Serve) -> None:
+    client, _ = await serve(policy=swarm.SeedPolicy(1), data=DATA[:1000], have=1)
+    for number in range(30):
+        status, body, _ = await client.get(host=f"host-{number}")
+        assert (status, body) == (200, DATA[:1000])
+
+
+async def test_an_image_of_no_bytes_is_served_as_such(serve: Serve) -> None:
+    client, _ = await serve(data=b"", have=0)
+    assert (await client.get())[:2] == (200, b"")
+    status, _, headers = await client.range("0-0")
+    assert (status, headers["Content-Range"]) == (416, "bytes */0")
+
+
+async def test_what_is_being_fetched_from_outside_and_what_was_lost_is_told(serve: Serve) -> None:
+    client, blob = await serve(have=0b000001)
+    headers = {"Authorization": f"Bearer {token()}"}
+    async with client.session.get(
+        f"{client.url}/v1/blobs/{BLOB}/pieces", headers=headers
+    ) as response:
+        assert await response.content.readline() == b'{"have":"01"}\n'
+        blob.claim(4)
+        blob.claim(0)  # is here already
+        assert await response.content.readline() == b'{"coming":[4]}\n'
+        blob.claim(5)
+        blob.add(5)
+        assert await response.content.readline() == b'{"add":[5]}\n'
+        blob.lose(0b1)
+        assert (await client.range("0-9"))[0] == 404
+        blob.add(0)
+        assert await response.content.readline() == b'{"add":[0]}\n'
+        assert (await client.range("0-9"))[0] == 206
+
+
+async def test_a_reader_who_stops_loses_its_slot_to_the_others(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blobs, "_SEND_FLOOR_SECONDS", 0.3)
+    monkeypatch.setattr(blobs, "SLOWEST_BYTES_PER_SECOND", 1 << 40)
+    client, blob = await serve(slots=1, data=LARGE, piece_bytes=LARGE_PIECE, have=0b11)
+    async with stalled(client, ""):
+        status, body, _ = await client.range("0-9")  # waits for the slot
+        assert (status, body) == (206, LARGE[:10])
+    assert 0 < blob.sent_bytes[DISTRIBUTION] < len(LARGE)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/blobs/../../../../etc/passwd",
+        "/v1/blobs/..%2F..%2F..%2Fetc%2Fpasswd",
+        "/v1/blobs/%2e%2e/%2e%2e/etc/passwd",
+        "/v1/blobs//etc/passwd",
+        f"/v1/blobs/{BLOB}%00",
+        f"/v1/blobs/{BLOB}/../../../etc/passwd",
+        f"/v1/blobs/{BLOB}/next/..%2f..",
+    ],
+)
+async def test_no_path_leads_to_another_file(serve: Serve, path: str) -> None:
+    client, _ = await serve()
+    answer = await said(client, f"GET {path} HTTP/1.1", f"Authorization: Bearer {token()}")
+    assert answer.startswith(b"HTTP/1.1 404")
+    assert b"root:" not in answer
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [f"GET /v1/blobs/{BLOB} HTTP/1.1", "X: " + "a" * 100_000],
+        ["GET /" + "a" * 100_000 + " HTTP/1.1"],
+        [f"GET /v1/blobs/{BLOB} HTTP/1.1", *["a: b"] * 200_000],
+        [f"GET /v1/blobs/{BLOB} HTTP/1.1", "Content-Length: 1", "Transfer-Encoding: chunked"],
+        [f"GET /v1/blobs/{BLOB} HTTP/1.1", "Content-Length: 1", "Content-Length: 2"],
+        [f"POST /v1/blobs/{BLOB} HTTP/1.1", "Content-Length: 0"],
+        ["\x00\x01\x02"],
+    ],
+    ids=["long field", "long path", "many fields", "two framings", "two lengths", "post", "noise"],
+)
+async def test_a_request_that_is_none_is_refused_and_others_go_on(
+    serve: Serve, lines: list[str]
+) -> None:
+    client, blob = await serve()
+    answer = await said(client, *lines)
+    assert answer[:10] in (b"HTTP/1.1 4", b"HTTP/1.0 4", b"")
+    assert blob.sent_bytes == {}
+    assert (await client.range("0-9"))[0] == 206
+
+
+async def said(client: Client, *lines: str) -> bytes:
+    """What the server answers to a request as it is written here."""
+    host, port = client.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write("\r\n".join([*lines, "Host: x", "Connection: close", "", ""]).encode())
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                await writer.drain()
+                return await reader.read()
+        return b""
+    finally:
+        writer.close()
+
+
+async def test_a_token_that_was_seen_opens_nothing_once_it_has_expired(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = await serve()
+    short = f"Bearer {token(seconds=3600)}"
+    assert (await client.range("0-9", authorization=short))[0] == 206
+    now = time.time()
+    monkeypatch.setattr("hostler_precache.blobs.time.time", lambda: now + 3601)
+    assert (await client.range("0-9", authorization=short))[0] == 403
+
+
+async def test_tokens_that_are_remembered_are_bounded(serve: Serve) -> None:
+    client, blob = await serve()
+    for number in range(3 * blobs.REMEMBERED_TOKENS):
+        blob.granted(token(seconds=60 + number))
+    assert len(blob._grants) <= blobs.REMEMBERED_TOKENS
+    assert (await client.range("0-9"))[0] == 206

@@ -34,7 +34,7 @@ async def counted(api: Any, distribution_id: str, total: int) -> dict[str, Any]:
     return found
 
 
-async def test_an_image_reaches_three_hosts_and_the_seed_sends_each_piece_once(
+async def test_an_image_reaches_three_hosts_and_little_more_than_one_copy_leaves_the_seed(
     precache: Any, start_agent: Any, source: Any, make_image: Any, request_of: Any, over: Over,
     image_id: str,
 ) -> None:  # fmt: skip
@@ -51,12 +51,13 @@ async def test_an_image_reaches_three_hosts_and_the_seed_sends_each_piece_once(
         assert answer["verification"] == "hash"
         for place in places:
             assert (place / image_id).read_bytes() == data
-            assert list((place / ".precache").iterdir()) == []
+            assert not list((place / ".precache").glob("*.part"))
         answer = await counted(service.api, made["distribution_id"], 3 * len(data))
-        assert answer["seed_sent_bytes"] == len(data)
-        assert answer["peers_sent_bytes"] == 2 * len(data)
-        assert sum(host["sent_bytes"] for host in answer["progress"]) == 2 * len(data)
-        assert sum(host["wasted_bytes"] for host in answer["progress"]) == 0
+        by_seed, by_peers = answer["seed_sent_bytes"], answer["peers_sent_bytes"]
+        assert len(data) <= by_seed <= 1.1 * len(data)
+        assert 3 * len(data) <= by_seed + by_peers <= 1.01 * 3 * len(data)
+        assert sum(host["sent_bytes"] for host in answer["progress"]) == by_peers
+        assert sum(host["wasted_bytes"] for host in answer["progress"]) <= 0.01 * 3 * len(data)
         assert source.requests == ["image"]
 
 
@@ -106,7 +107,10 @@ async def test_an_image_that_is_not_what_its_source_says_is_never_served(
         answer = await over(service.api, made["distribution_id"])
         assert answer["state"] == "error"
         assert answer["reason"].startswith(reason)
-        assert (await service.api.get("/v1/desired", host="host-1")) == {"images": []}
+        assert (await service.api.get("/v1/desired", host="host-1")) == {
+            "images": [],
+            "deleted_image_ids": [],
+        }
         assert not (tmp_path / "seed").exists() or list((tmp_path / "seed").iterdir()) == []
 
 
@@ -159,7 +163,7 @@ async def test_an_empty_image_is_an_image(
     ("settings", "prepare", "state", "reason"),
     [
         ({}, "same", "existing", None),
-        ({}, "other", "error", "target.differs"),
+        ({}, "other", "error", "target.exists"),
         ({"replace_differing": True}, "other", "cached", None),
         ({"unsupported_reason": "images_type is rbd"}, None, "unsupported", "images_type is rbd"),
         ({"max_image_bytes": 1000}, None, "skipped", "image.too_large"),

@@ -65,10 +65,10 @@ class Network:
             await self.held[piece].wait()
         return piece, part(piece)
 
-    async def follow(self, url: str) -> AsyncIterator[int]:
+    async def follow(self, url: str) -> AsyncIterator[swarm.News]:
         if url not in self.has:
             raise PeerError("gone")
-        yield self.has[url]
+        yield swarm.News(have=self.has[url])
         await asyncio.Event().wait()
 
 

@@ -139,3 +139,51 @@ def test_the_root_depends_on_the_sizes_too() -> None:
     small = manifest.build(piece_bytes=PIECE, **same)  # type: ignore[arg-type]  # a table of arguments
     large = manifest.build(piece_bytes=2 * PIECE, **same)  # type: ignore[arg-type]  # as above
     assert small.root != large.root
+
+
+@given(
+    runs=st.lists(
+        st.tuples(st.booleans(), st.integers(min_value=0, max_value=2 * PIECE + 3)), max_size=5
+    )
+)
+def test_zeros_that_are_only_counted_give_the_manifest_of_zeros_that_are_read(
+    runs: list[tuple[bool, int]],
+) -> None:
+    counted, data = manifest.Hasher(PIECE), bytearray()
+    for is_zero, length in runs:
+        if is_zero:
+            counted.update_zeros(length)
+            data += bytes(length)
+        else:
+            counted.update(b"\1" * length)
+            data += b"\1" * length
+    assert counted.finish() == manifest_of(bytes(data))
+
+
+@given(blank=st.lists(st.booleans(), max_size=9), rest=st.integers(min_value=1, max_value=PIECE))
+def test_the_pieces_of_nothing_but_zeros_are_known(blank: list[bool], rest: int) -> None:
+    size = max(0, len(blank) - 1) * PIECE + (rest if blank else 0)
+    lengths = [min(PIECE, size - start) for start in range(0, size, PIECE)]
+    parts = [bytes(n) if zero else b"\1" * n for zero, n in zip(blank, lengths, strict=True)]
+    made = manifest_of(b"".join(parts))
+    assert made.zero_pieces == sum(zero << piece for piece, zero in enumerate(blank))
+    assert made.data_bytes == sum(len(part) for part in parts if any(part[:1]))
+    parsed = manifest.parse(made.to_json())
+    assert parsed.zero_pieces == made.zero_pieces
+
+
+def test_a_short_piece_with_the_digest_of_a_whole_one_of_zeros_is_none_of_zeros() -> None:
+    zero = hashlib.sha256(bytes(PIECE)).digest()
+    made = manifest.build(size_bytes=PIECE + 1, piece_bytes=PIECE, digests=zero * 2)
+    assert made.zero_pieces == 0b01
+    assert not made.accepts(1, b"\0")
+
+
+def test_the_zeros_of_the_largest_image_take_no_time_and_no_more_than_that_is_taken() -> None:
+    hasher = manifest.Hasher(manifest.MAX_PIECE_BYTES)
+    hasher.update_zeros(manifest.MAX_IMAGE_BYTES)
+    made = hasher.finish()
+    assert (made.size_bytes, made.data_bytes) == (manifest.MAX_IMAGE_BYTES, 0)
+    assert made.zero_pieces == made.all_pieces
+    with pytest.raises(manifest.ManifestError, match="out of bounds"):
+        hasher.update_zeros(1)

@@ -249,3 +249,340 @@ def test_damaged_pieces_of_a_file_are_named(damaged: set[int]) -> None:
         assert not pieces.is_exactly(fd, MANIFEST)
     finally:
         os.close(fd)
+
+
+# --- pieces that come in blocks
+
+
+def land(landing: pieces.Landing, data: bytes, block_bytes: int = 100_000) -> pieces.Landing:
+    for start in range(0, len(data), block_bytes):
+        landing.write(data[start : start + block_bytes])
+    return landing
+
+
+def in_file(store: pieces.PieceStore, piece: int) -> bytes:
+    span = store.manifest.span(piece)
+    return os.pread(store.fileno(), span.length, span.start)
+
+
+def test_a_piece_that_lands_is_written_as_it_comes_and_counts_once_it_is_verified(
+    tmp_path: Path,
+) -> None:
+    store = opened(tmp_path)
+    landing = land(store.landing(2), part(2)[:-1])
+    assert in_file(store, 2) == part(2)[:-1] + b"\0"
+    with pytest.raises(pieces.PieceRejectedError):
+        store.write(2, landing)
+    landing = land(store.landing(2), part(2))
+    assert not landing.is_spilled
+    store.flush()
+    assert store.journaled == 0
+    store.write(2, landing)
+    store.flush()
+    assert store.journaled == 0b100
+    store.close()
+
+
+def test_a_landing_takes_no_more_than_its_piece_and_counts_for_no_other(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    landing = land(store.landing(0), part(0))
+    with pytest.raises(pieces.PieceRejectedError):
+        landing.write(b"x")
+    with pytest.raises(pieces.PieceRejectedError):
+        store.write(1, landing)
+    with pytest.raises(pieces.PieceRejectedError):
+        store.write(5, land(store.landing(5), bytes(MANIFEST.span(5).length)))
+    assert in_file(store, 1) == bytes(PIECE)
+    other = opened(tmp_path / "other")
+    with pytest.raises(pieces.PieceRejectedError):
+        other.write(0, landing)
+    for each in (store, other):
+        each.close()
+
+
+def test_what_a_liar_still_sends_never_gets_over_what_is_verified(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    lying, honest = store.landing(1), store.landing(1)
+    lying.write(b"lie" * 10)
+    land(honest, part(1))
+    assert honest.is_spilled
+    store.write(1, honest)
+    assert in_file(store, 1) == part(1)
+    lying.write(bytes(PIECE - 30))
+    assert in_file(store, 1) == part(1)
+    with pytest.raises(pieces.PieceRejectedError):
+        store.write(1, lying)
+    late = store.landing(1)
+    late.write(b"late lie")
+    assert in_file(store, 1) == part(1)
+    store.close()
+    assert list((tmp_path / ".precache").glob("tmp*")) == []
+
+
+def test_the_place_of_a_piece_is_free_again_when_its_landing_is_forgotten(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    first = store.landing(0)
+    assert store.landing(0).is_spilled
+    del first
+    assert not store.landing(0).is_spilled
+    store.close()
+
+
+def test_a_thread_that_is_late_writes_nowhere_once_the_store_is_closed(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    landing = store.landing(0)
+    number = store.fileno()
+    store.close()
+    another = os.open(tmp_path / "another", os.O_RDWR | os.O_CREAT)
+    try:
+        assert another == number  # the descriptor is somebody else's by now
+        landing.write(part(0))
+        assert os.fstat(another).st_size == 0
+    finally:
+        os.close(another)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_however_landings_of_one_piece_interleave_a_verified_one_stays(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    store = opened(tmp_path_factory.mktemp("race"))
+    size = MANIFEST.span(3).length
+    offered = [part(3), bytes(size), part(3), b"x" * size]
+    under_way: dict[int, tuple[pieces.Landing, int]] = {}
+    is_had = False
+    for _ in range(data.draw(st.integers(min_value=1, max_value=25))):
+        number = data.draw(st.integers(min_value=0, max_value=3))
+        landing, done = under_way.pop(number, (None, 0))
+        if landing is None:
+            landing = store.landing(3)
+        step = data.draw(st.sampled_from([1000, size // 2, size]))
+        landing.write(offered[number][done : done + step])
+        if done + step < size:
+            under_way[number] = (landing, done + step)
+            continue
+        try:
+            store.write(3, landing)
+            is_had = True
+        except pieces.PieceRejectedError:
+            assert offered[number] != part(3)
+        if is_had:
+            assert in_file(store, 3) == part(3)
+    store.flush()
+    assert store.journaled == (0b1000 if is_had else 0)
+    store.close()
+
+
+# --- holes
+
+
+GIB = 1 << 30
+
+
+def sparse_file(path: Path, size_bytes: int, data: dict[int, bytes]) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, size_bytes)
+    for offset, some in data.items():
+        os.pwrite(fd, some, offset)
+    return fd
+
+
+def test_a_sparse_image_of_40_gib_costs_what_its_data_costs(tmp_path: Path) -> None:
+    content = {0: DATA, 17 * GIB + 5: DATA, 40 * GIB - 10: b"0123456789"}
+    source = sparse_file(tmp_path / "source", 40 * GIB, content)
+    listed = pieces.describe(source, manifest.piece_bytes_for(40 * GIB))
+    wanted = listed.all_pieces & ~listed.zero_pieces
+    assert wanted.bit_count() == 3
+    assert listed.data_bytes == 3 * listed.piece_bytes
+    store = pieces.PieceStore.open(tmp_path / "host", BLOB, listed)
+    assert store.journaled == listed.zero_pieces
+    for piece in swarm.members(wanted):
+        span = listed.span(piece)
+        store.write(piece, os.pread(source, span.length, span.start))
+    store.flush()
+    store.close()
+    again = pieces.PieceStore.open(tmp_path / "host", BLOB, listed)
+    again.place(tmp_path / "host" / "image")
+    status = os.fstat(again.fileno())
+    assert status.st_size == 40 * GIB
+    assert status.st_blocks * 512 <= listed.data_bytes + (1 << 20)
+    assert pieces.is_exactly(again.fileno(), listed)
+    assert pieces.is_exactly(source, listed)
+    os.pwrite(again.fileno(), b"x", 30 * GIB)
+    assert pieces.damaged(again.fileno(), listed) == 1 << (30 * GIB // listed.piece_bytes)
+    again.close()
+    os.close(source)
+
+
+def test_only_bytes_that_are_no_zeros_need_room(tmp_path: Path) -> None:
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    hasher = manifest.Hasher(manifest.MAX_PIECE_BYTES)
+    hasher.update_zeros(3 * free)
+    blank = hasher.finish()
+    store = pieces.PieceStore.open(tmp_path, BLOB, blank)
+    store.place(tmp_path / "image")
+    store.close()
+    assert (tmp_path / "image").stat().st_size == 3 * free
+
+
+def test_room_may_be_taken_beside_the_transfer_and_changes_nothing_that_came(
+    tmp_path: Path,
+) -> None:
+    store = pieces.PieceStore.open(tmp_path, BLOB, MANIFEST, allocate=False)
+    assert os.fstat(store.fileno()).st_blocks == 0
+    store.write(1, part(1))
+    landing = store.landing(2)
+    landing.write(part(2)[:100])
+    store.allocate()
+    assert os.fstat(store.fileno()).st_blocks * 512 >= len(DATA)
+    landing.write(part(2)[100:])
+    store.write(2, landing)
+    assert (in_file(store, 1), in_file(store, 2)) == (part(1), part(2))
+    number = store.fileno()
+    store.close()
+    another = os.open(tmp_path / "another", os.O_RDWR | os.O_CREAT)
+    try:
+        assert another == number
+        store.allocate()
+        assert os.fstat(another).st_size == 0
+    finally:
+        os.close(another)
+
+
+def test_a_file_that_was_cut_is_not_believed_for_what_its_journal_says(tmp_path: Path) -> None:
+    store = complete(tmp_path)
+    store.flush()
+    store.close()
+    (tmp_path / ".precache" / f"{BLOB}.part").unlink()
+    again = opened(tmp_path)
+    assert again.journaled == 0
+    again.close()
+    assert opened_have(tmp_path) == 0
+
+
+def opened_have(directory: Path) -> int:
+    store = opened(directory)
+    store.close()
+    return store.journaled
+
+
+def test_what_another_image_left_is_no_zeros_of_this_one(tmp_path: Path) -> None:
+    store = complete(tmp_path)
+    store.flush()
+    store.close()
+    blank = described(bytes(len(DATA)))
+    again = pieces.PieceStore.open(tmp_path, BLOB, blank)
+    again.place(tmp_path / "image")
+    again.close()
+    assert (tmp_path / "image").read_bytes() == bytes(len(DATA))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6 * PIECE), st.integers(1, 3 * PIECE)), max_size=4),
+    st.integers(0, 6 * PIECE),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_file_with_holes_is_described_as_its_bytes_are(
+    runs: list[tuple[int, int]], size: int
+) -> None:
+    content = bytearray(size)
+    fd = os.memfd_create("image")
+    try:
+        os.ftruncate(fd, size)
+        for start, length in runs:
+            some = b"\1" * max(0, min(length, size - start))
+            if some:
+                os.pwrite(fd, some, start)
+                content[start : start + len(some)] = some
+        assert pieces.describe(fd, PIECE) == described(bytes(content))
+        assert pieces.damaged(fd, described(bytes(content))) == 0
+        for span in pieces.data_spans(fd, 0, size):
+            content[span.start : span.stop] = bytes(span.length)
+        assert not any(content)
+    finally:
+        os.close(fd)
+
+
+# --- scrub and repair
+
+
+def placed(directory: Path) -> Path:
+    store = complete(directory)
+    store.place(directory / "image")
+    store.close()
+    return directory / "image"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(len(DATA) + 1, 0b100000), (5 * PIECE, 0b100000), (PIECE + 1, 0b111110), (0, 0b111111)],
+)
+def test_a_file_of_another_size_is_damaged_where_it_differs(
+    tmp_path: Path, size: int, expected: int
+) -> None:
+    path = placed(tmp_path)
+    os.truncate(path, size)
+    with path.open("rb") as file:
+        assert pieces.damaged(file.fileno(), MANIFEST) == expected
+
+
+def test_a_scrub_is_paced_and_can_be_stopped(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    def pace(count: int) -> None:
+        read.append(count)
+        if len(read) == 9:
+            raise InterruptedError
+
+    with placed(tmp_path).open("rb") as file:
+        assert pieces.damaged(file.fileno(), MANIFEST, after_read=read.append) == 0
+        assert sum(read) == len(DATA)
+        read.clear()
+        read += [0] * 6
+        with pytest.raises(InterruptedError):
+            pieces.damaged(file.fileno(), MANIFEST, after_read=pace)
+
+
+@given(st.sets(st.integers(min_value=0, max_value=5), min_size=1))
+@settings(max_examples=15, deadline=None)
+def test_a_placed_file_is_repaired_in_place_and_never_holds_what_is_not_verified(
+    tmp_path_factory: pytest.TempPathFactory, broken: set[int]
+) -> None:
+    path = placed(tmp_path_factory.mktemp("placed"))
+    before = path.stat().st_ino
+    with path.open("r+b") as file:
+        for piece in broken:
+            os.pwrite(file.fileno(), b"rot", piece * PIECE)
+        wrong = pieces.damaged(file.fileno(), MANIFEST)
+    assert wrong == swarm.bits(broken)
+    store = pieces.PieceStore.reopen(path, MANIFEST, damaged=wrong)
+    assert store.journaled == MANIFEST.all_pieces & ~wrong
+    with pytest.raises(pieces.BusyError):
+        pieces.PieceStore.reopen(path, MANIFEST, damaged=wrong)
+    for piece in sorted(broken):
+        rotten = path.read_bytes()
+        lie = land(store.landing(piece), bytes(MANIFEST.span(piece).length))
+        with pytest.raises(pieces.PieceRejectedError):
+            store.write(piece, lie)
+        assert path.read_bytes() == rotten
+        store.write(piece, land(store.landing(piece), part(piece)))
+    store.flush()
+    assert store.journaled == MANIFEST.all_pieces
+    store.close()
+    assert path.read_bytes() == DATA
+    assert path.stat().st_ino == before
+
+
+def test_zeros_and_the_size_of_a_placed_file_are_put_right_without_a_peer(tmp_path: Path) -> None:
+    listed = described(bytes(2 * PIECE) + DATA[:PIECE])
+    path = tmp_path / "image"
+    path.write_bytes(b"x" * PIECE + bytes(PIECE) + DATA[:PIECE] + b"more")
+    with path.open("rb") as file:
+        wrong = pieces.damaged(file.fileno(), listed)
+    assert wrong == 0b101
+    store = pieces.PieceStore.reopen(path, listed, damaged=wrong)
+    assert store.journaled == 0b011
+    store.write(2, DATA[:PIECE])
+    store.close()
+    assert path.read_bytes() == bytes(2 * PIECE) + DATA[:PIECE]

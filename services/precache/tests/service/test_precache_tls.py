@@ -1,0 +1,135 @@
+"""Over TLS only peers of the cloud's own authority talk to each other, and pieces are what they were."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from hostler_common import servers, settings, testing
+from hostler_precache import manifest, pieces, tls, tokens
+from hostler_precache.blobs import Blob, BlobServer
+from hostler_precache.connections import Connections
+from hostler_precache.manifest import BlobId
+from hostler_precache.peers import HttpPeerClient, PeerError
+from hostler_precache.testing import certificate_files, image_of
+
+BLOB = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
+KEY = bytes(range(32))
+PIECE = 1 << 20
+DATA = image_of(4 * PIECE + 100)
+
+
+def listed() -> manifest.Manifest:
+    hasher = manifest.Hasher(PIECE)
+    hasher.update(DATA)
+    return hasher.finish()
+
+
+def token() -> str:
+    grant = tokens.Grant(blob_id=BLOB, distribution_id="d", expires_at=int(time.time()) + 60)
+    return tokens.mint(grant, KEY)
+
+
+@asynccontextmanager
+async def serving(directory: Path, contexts: tls.Tls) -> AsyncIterator[tuple[str, Blob]]:
+    made = listed()
+    (directory / "image").write_bytes(DATA)
+    fd = os.open(directory / "image", os.O_RDONLY)
+    blob = Blob(BLOB, manifest=made, key=KEY, fd=fd, have=made.all_pieces)
+    server = BlobServer(slots=4)
+    server.serve(blob)
+    application = web.Application()
+    server.attach(application)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    port = servers.free_port()
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=contexts.server).start()
+    try:
+        yield f"https://127.0.0.1:{port}", blob
+    finally:
+        await runner.cleanup()
+        os.close(fd)
+
+
+@asynccontextmanager
+async def asking(
+    directory: Path, contexts: tls.Tls | None
+) -> AsyncIterator[tuple[HttpPeerClient, pieces.PieceStore]]:
+    store = pieces.PieceStore.open(directory / "host", BLOB, listed())
+    async with (
+        aiohttp.ClientSession() as session,
+        Connections(tls=contexts.client if contexts else None) as made,
+    ):
+        yield (
+            HttpPeerClient(session, made, store=store, blob_id=BLOB, token=token, host="h"),
+            store,
+        )
+    store.close()
+
+
+def contexts(directory: Path, name: str = "peer") -> tls.Tls:
+    made = tls.load(*certificate_files(directory, name))
+    assert made is not None
+    return made
+
+
+async def test_pieces_and_piece_maps_come_over_tls_as_they_are_and_are_counted(
+    tmp_path: Path,
+) -> None:
+    both = contexts(tmp_path)
+    async with serving(tmp_path, both) as (url, blob), asking(tmp_path, both) as (client, store):
+
+        async def get(number: int) -> None:
+            store.write(number, await client.fetch(url, number, timeout_seconds=30))
+
+        await asyncio.gather(*(get(number) for number in range(5)))
+        assert os.pread(store.fileno(), len(DATA), 0) == DATA
+        async for news in client.follow(url):
+            assert news.have == blob.manifest.all_pieces
+            break
+
+        async def counted() -> bool:
+            return dict(blob.sent_bytes) == {"d": len(DATA)}
+
+        await testing.eventually(counted)
+
+
+async def test_a_peer_of_another_authority_gets_nothing_and_is_not_believed(
+    tmp_path: Path,
+) -> None:
+    ours, foreign = contexts(tmp_path), contexts(tmp_path, "foreign")
+    mixed = tls.Tls(server=ours.server, client=foreign.client)
+    async with serving(tmp_path, ours) as (url, blob):
+        for client_side in (foreign, mixed, None):
+            async with asking(tmp_path, client_side) as (client, _):
+                with pytest.raises(PeerError):
+                    await client.fetch(url, 0, timeout_seconds=5)
+                with pytest.raises(PeerError):
+                    async for _ in client.follow(url):
+                        pass
+        async with asking(tmp_path, ours) as (client, _):  # who speaks no TLS gets nothing either
+            with pytest.raises(PeerError):
+                await client.fetch(url.replace("https", "http"), 0, timeout_seconds=5)
+        assert blob.sent_bytes == {}
+
+
+def test_a_certificate_without_its_key_or_authority_is_a_wrong_setting(tmp_path: Path) -> None:
+    certificate, key, authority = certificate_files(tmp_path)
+    assert tls.load(None, None, None) is None
+    some: list[tuple[Path | None, ...]] = [
+        (certificate, None, None),
+        (certificate, key, None),
+        (None, key, authority),
+    ]
+    for each in some:
+        with pytest.raises(settings.SettingsError, match="all three"):
+            tls.load(each[0], each[1], each[2])
+    for files in ((key, key, authority), (certificate, key, tmp_path / "none")):
+        with pytest.raises(settings.SettingsError, match="one of"):
+            tls.load(*files)

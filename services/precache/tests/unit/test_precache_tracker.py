@@ -1,0 +1,98 @@
+"""The tracker's memory: current, bounded, and never in its own way."""
+
+import math
+import time
+import uuid
+from typing import Any, cast
+
+from hostler_precache import protocol
+from hostler_precache.distributions import DistributionId, Member, SwarmRecord, SwarmRule
+from hostler_precache.manifest import BlobId
+from hostler_precache.tracker import Tracker
+
+ONE, OTHER = BlobId("one"), BlobId("other")
+DISTRIBUTION = DistributionId(uuid.uuid4())
+
+
+class Records:
+    """What the database would say; `meanwhile` happens while it is asked."""
+
+    def __init__(self) -> None:
+        self.is_halted = False
+        self.has_rules = True
+        self.meanwhile: Any = lambda: None
+
+    async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
+        """The record."""
+        del blob_id, within_seconds
+        self.meanwhile()
+        rule = SwarmRule(
+            is_halted=self.is_halted, host_bytes_per_second=None, total_bytes_per_second=None
+        )
+        member = Member(
+            host="h1", url="http://h1", rack=None, is_moving=True, distribution_ids=[DISTRIBUTION]
+        )
+        return SwarmRecord(
+            seeds=["http://seed"],
+            rules={DISTRIBUTION: rule} if self.has_rules else {},
+            members=[member] if self.has_rules else [],
+        )
+
+
+def tracker_of(records: Records) -> Tracker:
+    return Tracker(cast("Any", records), member_seconds=30)
+
+
+def report_of(reason: str | None = None) -> protocol.BlobReport:
+    return protocol.BlobReport(
+        distribution_id=str(DISTRIBUTION),
+        blob_id=str(uuid.uuid4()),
+        state=protocol.HostState.WAITING,
+        reason=reason,
+    )
+
+
+async def test_a_swarm_may_be_forgotten_while_the_others_are_read() -> None:
+    records = Records()
+    tracker = tracker_of(records)
+    await tracker.swarm("h1", ONE)
+    await tracker.swarm("h1", OTHER)
+    tracker._swarms[OTHER].asked_at = -math.inf
+    records.meanwhile = lambda: tracker.forget(OTHER)
+    await tracker.refresh()
+    assert list(tracker._swarms) == [ONE]
+
+
+async def test_a_swarm_that_nobody_may_be_in_is_not_kept() -> None:
+    records = Records()
+    records.has_rules = False
+    tracker = tracker_of(records)
+    for _ in range(10):
+        await tracker.swarm("h1", BlobId(str(uuid.uuid4())))
+    await tracker.refresh()
+    assert tracker._swarms == {}
+
+
+async def test_a_host_is_told_to_look_again_until_it_has_and_no_longer() -> None:
+    records = Records()
+    tracker = tracker_of(records)
+    assert not await tracker.has_news("h1", ONE, report_of())
+    records.is_halted = True
+    tracker.forget(ONE)
+    assert await tracker.has_news("h1", ONE, report_of())
+    assert not await tracker.has_news("h1", ONE, report_of(reason=protocol.PAUSED))
+    records.is_halted = False
+    tracker.forget(ONE)
+    assert await tracker.has_news("h1", ONE, report_of(reason=protocol.PAUSED))
+    records.has_rules = False
+    tracker.forget(ONE)
+    assert await tracker.has_news("h1", ONE, report_of())
+    assert await tracker.has_news("h1", ONE, report_of(reason=protocol.PAUSED))
+
+
+async def test_a_refresh_leaves_what_was_asked_lately() -> None:
+    tracker = tracker_of(Records())
+    await tracker.swarm("h1", ONE)
+    assert tracker._swarms[ONE].asked_at <= time.monotonic()
+    await tracker.refresh()
+    assert list(tracker._swarms) == [ONE]
