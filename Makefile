@@ -65,5 +65,6 @@ ci: check test ## what CI runs
 test-compose: ## build the images, bring the compose stack up, smoke-test it, take it down
 	scripts/test-compose
 
-bench: setup ## measure a claim beside a peer and the bare limit: make bench BENCH=usage_ingest ARGS="--turns 1"
+bench: ## measure a claim beside a peer and the bare limit: make bench BENCH=usage_ingest ARGS="--turns 1"
+	@scripts/bootstrap $(if $(findstring precache,$(BENCH)),bench,test)
 	$(PYTHON) benchmarks/$(BENCH).py $(ARGS)

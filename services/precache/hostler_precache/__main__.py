@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Coroutine
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from hostler_precache.settings import Settings
 
 PORT = 8301
 POLL_SECONDS = 0.5
+IDLE_OVER_BUSY = 9
+BARS_SHOWN = 30  # of hosts: more fit on no screen
 OVER = ("done", "error", "cancelled")
 
 main = cli.service(Settings, serve, http_app, package=PACKAGE)
@@ -323,32 +326,34 @@ async def _watch(api: client.Api, distribution_id: str, *, as_json: bool) -> Non
         TextColumn("{task.fields[state]}"),
         disable=as_json,
     )
+    fetching = bars.add_task("fetch", total=None, state="", visible=False)
+    everybody = bars.add_task("all hosts", total=None, state="", visible=False)
     tasks: dict[str, Any] = {}
     with bars:
         while True:
+            began = time.monotonic()
             answer = await api.get(path)
-            size = answer["size_bytes"]
+            size, hosts = answer["size_bytes"], answer["progress"]
             if answer["state"] == "fetching":
-                task = tasks.setdefault("", bars.add_task("fetch", total=size, state=""))
-                bars.update(task, total=size, completed=answer["fetched_bytes"])
+                bars.update(fetching, total=size, completed=answer["fetched_bytes"], visible=True)
             elif size is not None:
-                hosts = answer["progress"]
-                if "all" not in tasks:
-                    tasks["all"] = bars.add_task("all hosts", total=size * len(hosts), state="")
                 bars.update(
-                    tasks["all"],
+                    everybody,
+                    visible=True,
                     total=size * len(hosts),
                     completed=sum(host["bytes_done"] for host in hosts),
                     state=_pace(answer),
                 )
-            for host in answer["progress"] if size is not None else ():
+            for host in hosts if size is not None else ():
                 name = host["host"]
-                if name not in tasks:
+                if name not in tasks and len(tasks) < BARS_SHOWN:
                     tasks[name] = bars.add_task(name, total=size, state="")
-                bars.update(tasks[name], completed=host["bytes_done"], state=host["state"])
+                if name in tasks:
+                    bars.update(tasks[name], completed=host["bytes_done"], state=host["state"])
             if answer["state"] in OVER:
                 break
-            await asyncio.sleep(POLL_SECONDS)
+            # an answer with thousands of hosts costs the service much: it is not asked all the time
+            await asyncio.sleep(max(POLL_SECONDS, IDLE_OVER_BUSY * (time.monotonic() - began)))
     _print_json(answer) if as_json else _print_hosts(answer)
     bad = [host for host in answer["progress"] if host["state"] not in ("cached", "existing")]
     if answer["state"] != "done" or bad:

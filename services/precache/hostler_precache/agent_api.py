@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1")
 _HOST = re.compile(protocol.HOST_PATTERN.removesuffix("$"))
 
 
-@router.get("/desired", dependencies=[auth.require(Role.AGENT)])
+@router.get("/desired", dependencies=[auth.require(Role.AGENT, every_project=True)])
 async def desired(
     store: StoreDep,
     swarms: SwarmsDep,
@@ -69,7 +69,7 @@ direct_router = APIRouter(prefix="/v1", route_class=_DirectRoute)
 
 @direct_router.put(
     "/hosts/{host}/report",
-    dependencies=[auth.require(Role.AGENT)],
+    dependencies=[auth.require(Role.AGENT, every_project=True)],
     response_model=protocol.ReportReply,
     openapi_extra={
         "requestBody": {
@@ -102,14 +102,14 @@ async def report(
         if not blob.state.is_final:
             await tracker.heard(host, body, blob_id)
             asked[blob.blob_id] = await tracker.swarm(host, blob_id, banned=blob.banned)
-            look_again |= await tracker.is_halted(host, blob_id)
+            look_again |= await tracker.has_news(host, blob_id, blob)
     reply = protocol.ReportReply.model_construct(swarms=asked, look_again=look_again)
     return Response(reply.model_dump_json(), media_type="application/json")
 
 
 @router.get(
     "/blobs/{blob_id}/manifest",
-    dependencies=[auth.require(Role.AGENT)],
+    dependencies=[auth.require(Role.AGENT, every_project=True)],
     responses={200: {"content": {"application/json": {}}}},
     response_class=Response,
 )

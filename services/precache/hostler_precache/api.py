@@ -65,7 +65,9 @@ class ImageList(View):
     next_marker: str | None
 
 
-@router.post("/images", status_code=201, dependencies=[auth.require(Role.OPERATOR)])
+@router.post(
+    "/images", status_code=201, dependencies=[auth.require(Role.OPERATOR, every_project=True)]
+)
 async def register_image(body: ListedImage, store: StoreDep) -> ImageView:
     """Make an image known; its bytes are fetched when a distribution wants them."""
     image = image_of(body)
@@ -74,7 +76,7 @@ async def register_image(body: ListedImage, store: StoreDep) -> ImageView:
     return ImageView.of(await store.image(image.image_id))
 
 
-@router.get("/images", dependencies=[auth.require(Role.READER)])
+@router.get("/images", dependencies=[auth.require(Role.READER, every_project=True)])
 async def list_images(store: StoreDep, limit: Limit = 100, marker: str | None = None) -> ImageList:
     """Images by id."""
     records = await store.images(limit=limit, marker=marker)
@@ -82,13 +84,17 @@ async def list_images(store: StoreDep, limit: Limit = 100, marker: str | None = 
     return ImageList(images=[ImageView.of(record) for record in records], next_marker=last)
 
 
-@router.get("/images/{image_id}", dependencies=[auth.require(Role.READER)])
+@router.get("/images/{image_id}", dependencies=[auth.require(Role.READER, every_project=True)])
 async def show_image(image_id: str, store: StoreDep) -> ImageView:
     """One image."""
     return ImageView.of(await store.image(image_id))
 
 
-@router.delete("/images/{image_id}", status_code=204, dependencies=[auth.require(Role.OPERATOR)])
+@router.delete(
+    "/images/{image_id}",
+    status_code=204,
+    dependencies=[auth.require(Role.OPERATOR, every_project=True)],
+)
 async def delete_image(image_id: str, store: StoreDep, tracker: TrackerDep) -> None:
     """The image is deleted at its source: no host keeps it longer than a guest uses it."""
     async with db.transaction(store.pool) as connection:
@@ -120,7 +126,7 @@ class HostList(View):
     next_marker: str | None
 
 
-@router.get("/hosts", dependencies=[auth.require(Role.READER)])
+@router.get("/hosts", dependencies=[auth.require(Role.READER, every_project=True)])
 async def list_hosts(swarms: SwarmsDep, limit: Limit = 100, marker: str | None = None) -> HostList:
     """Hosts by name."""
     records: list[HostRecord] = await swarms.hosts(limit=limit, marker=marker)

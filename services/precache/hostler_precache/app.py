@@ -121,7 +121,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             settings=settings, store=store, distributions=distributions, swarms=tracker
         )
         process.every(1.0, rollouts.advance, name="rollouts")
-        process.every(1.0, pipeline.run_policies, name="policies")
+        process.spawn(pipeline.run_policies_forever(), name="policies")
         process.every(60.0, pipeline.retire, name="retire")
         process.every(0.5, pipeline.tell_sent, name="tell_sent")
         process.every(10.0, pipeline.count, name="count")

@@ -8,6 +8,7 @@ at 1.06 times T* has 6 % left to gain, and the largest of the terms says what to
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
@@ -64,6 +65,14 @@ def bound(
     return Bound(
         seconds=seconds, limit=limit, slowest_host=slowest if limit is Limit.HOST else None
     )
+
+
+def ends_at(begins_at: datetime, seconds: float) -> datetime | None:
+    """When something ends that takes so long; None where that is beyond the calendar."""
+    try:
+        return begins_at + timedelta(seconds=seconds)
+    except OverflowError:
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 Each function is one transaction unless it takes a connection. Times are the database's.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, time
 from typing import Any
 from uuid import UUID
@@ -24,7 +24,7 @@ from hostler_precache.distributions import (
 )
 from hostler_precache.manifest import BlobId
 from hostler_precache.rollout import Rollout, Targets, Window, is_open
-from hostler_precache.store import ImageNotFound, blob_record
+from hostler_precache.store import MAX_BIGINT, ImageNotFound, blob_record
 
 _LIVE = ("fetching", "distributing")
 
@@ -79,11 +79,19 @@ class DistributionStore:
         their names decides.
 
         Raises:
-            ImageNotFound: nobody has named the image.
+            ImageNotFound: nobody has named the image, or it is deleted at its source.
         """
-        if await connection.fetchval("SELECT 1 FROM image WHERE image_id = $1", image_id) is None:
+        # locked, so that a fetch that ends now sees the distribution or is seen by it, as does
+        # whoever deletes the image or retires the blob
+        image = await connection.fetchrow(
+            "SELECT deleted_at FROM image WHERE image_id = $1 FOR SHARE", image_id
+        )
+        if image is None:
             raise ImageNotFound(f"no image {image_id}: register it first, or send its source")
-        # locked, so that a fetch that ends now sees the distribution or is seen by it
+        if image["deleted_at"] is not None:
+            raise ImageNotFound(
+                f"image {image_id} was deleted at its source: register it again if it is back"
+            )
         blob_id = await connection.fetchval(
             "SELECT blob_id FROM blob WHERE image_id = $1 AND state IN ('fetching', 'ready')"
             " FOR SHARE",
@@ -135,6 +143,21 @@ class DistributionStore:
             for row in rows
         ]
 
+    async def hold(self, connection: db.Connection, distribution_id: UUID) -> tuple[int, Rollout]:
+        """Its priority and how it goes, which nobody else changes before the commit.
+
+        Raises:
+            DistributionNotFound: there is none.
+            DistributionOver: there is nothing left to change.
+        """
+        row = await connection.fetchrow(
+            "SELECT * FROM distribution WHERE distribution_id = $1 FOR NO KEY UPDATE",
+            distribution_id,
+        )
+        _require_live(distribution_id, None if row is None else row["state"])
+        assert row is not None
+        return row["priority"], _rollout(row)
+
     async def change_distribution(
         self,
         connection: db.Connection,
@@ -171,7 +194,8 @@ class DistributionStore:
             DistributionOver: there is nothing left to pause.
         """
         state = await connection.fetchval(
-            "UPDATE distribution SET paused_at = coalesce(paused_at, now()), paused_reason = $2"
+            "UPDATE distribution SET paused_at = coalesce(paused_at, now()),"
+            "   paused_reason = coalesce(paused_reason, $2)"
             " WHERE distribution_id = $1 RETURNING state",
             distribution_id,
             reason,
@@ -215,7 +239,7 @@ class DistributionStore:
             " FROM distribution d WHERE (d.state IN ('fetching', 'distributing')"
             "     AND (d.windows <> '[]' OR d.wave = 0 AND d.paused_at IS NULL))"
             "   OR (d.state <> 'cancelled' AND d.deadline_at IS NOT NULL AND d.deadline_met IS NULL)"
-            " ORDER BY d.distribution_id FOR UPDATE OF d SKIP LOCKED"
+            " ORDER BY d.distribution_id FOR NO KEY UPDATE OF d SKIP LOCKED"
         )
         return [
             LiveDistribution(
@@ -284,6 +308,14 @@ class DistributionStore:
         Returns:
             The images that it has live distributions of, and the blobs whose swarms changed.
         """
+        changed = await connection.fetch(
+            "SELECT distribution_id, blob_id FROM distribution"
+            " WHERE policy_id = $1 AND state IN ('fetching', 'distributing', 'done')"
+            "   AND image_id = ANY ($2::text[])"
+            "   AND (priority, hosts, labels) IS DISTINCT FROM ($3, $4, $5)",
+            policy.policy_id, list(listed), policy.priority, policy.hosts, dict(policy.labels),
+        )  # fmt: skip
+        await self._retarget(connection, [row["distribution_id"] for row in changed], policy)
         withdrawn = await connection.fetch(
             "UPDATE distribution SET state = 'cancelled',"
             "   finished_at = coalesce(finished_at, now()), reason = 'policy: listed no more'"
@@ -292,15 +324,6 @@ class DistributionStore:
             policy.policy_id,
             list(listed),
         )
-        changed = await connection.fetch(
-            "UPDATE distribution SET priority = $2, hosts = $3, labels = $4"
-            " WHERE policy_id = $1 AND state IN ('fetching', 'distributing', 'done')"
-            "   AND (priority, hosts, labels) IS DISTINCT FROM ($2, $3, $4)"
-            " RETURNING distribution_id, blob_id",
-            policy.policy_id, policy.priority, policy.hosts, dict(policy.labels),
-        )  # fmt: skip
-        for row in changed:
-            await self._retarget(connection, row["distribution_id"], policy)
         images = await connection.fetch(
             "SELECT DISTINCT image_id FROM distribution WHERE policy_id = $1"
             "   AND state IN ('fetching', 'distributing', 'done')",
@@ -310,27 +333,57 @@ class DistributionStore:
         return {row["image_id"] for row in images}, moved
 
     async def _retarget(
-        self, connection: db.Connection, distribution_id: UUID, policy: Policy
+        self, connection: db.Connection, distribution_ids: Sequence[UUID], policy: Policy
     ) -> None:
+        if not distribution_ids:
+            return
+        # the hosts' rows before the distributions', and those in order: as reports lock them
         await connection.execute(
-            "DELETE FROM distribution_host h WHERE distribution_id = $1 AND NOT"
+            "DELETE FROM distribution_host h WHERE distribution_id = ANY ($1::uuid[]) AND NOT"
             " CASE WHEN $2::text[] IS NULL THEN EXISTS (SELECT 1 FROM host"
             "   WHERE host.host = h.host AND host.labels @> $3) ELSE h.host = ANY ($2) END",
-            distribution_id, policy.hosts, dict(policy.labels),
+            distribution_ids, policy.hosts, dict(policy.labels),
         )  # fmt: skip
-        added = await connection.execute(
-            "INSERT INTO distribution_host (distribution_id, host) SELECT $1, host"
-            " FROM (SELECT unnest($2::text[]) AS host"
-            "   UNION SELECT host FROM host WHERE $2 IS NULL AND labels @> $3) every"
+        await connection.execute(
+            "INSERT INTO distribution_host (distribution_id, host)"
+            " SELECT distribution_id, host FROM unnest($1::uuid[]) AS ids (distribution_id),"
+            "   (SELECT unnest($2::text[]) AS host"
+            "     UNION SELECT host FROM host WHERE $2 IS NULL AND labels @> $3) every"
             " ON CONFLICT DO NOTHING",
-            distribution_id, policy.hosts, dict(policy.labels),
+            distribution_ids, policy.hosts, dict(policy.labels),
         )  # fmt: skip
-        if added != "INSERT 0 0":
-            await connection.execute(
-                "UPDATE distribution SET state = 'distributing', finished_at = NULL"
-                " WHERE distribution_id = $1 AND state = 'done'",
-                distribution_id,
+        await connection.execute(
+            "SELECT 1 FROM distribution WHERE policy_id = $1 ORDER BY distribution_id"
+            " FOR NO KEY UPDATE",
+            policy.policy_id,
+        )
+        await connection.execute(
+            "UPDATE distribution d SET priority = $2, hosts = $3, labels = $4,"
+            "   state = CASE WHEN d.state = 'fetching' THEN d.state"
+            "     WHEN still.open THEN 'distributing' ELSE 'done' END,"
+            "   finished_at = CASE WHEN d.state <> 'fetching' AND NOT still.open"
+            "     THEN coalesce(d.finished_at, now()) END"
+            " FROM (SELECT x.distribution_id, EXISTS (SELECT 1 FROM distribution_host h"
+            "     WHERE h.distribution_id = x.distribution_id"
+            "       AND h.state IN ('waiting', 'transferring')) AS open"
+            "   FROM distribution x WHERE x.distribution_id = ANY ($1::uuid[])) still"
+            " WHERE d.distribution_id = still.distribution_id"
+            "   AND d.state IN ('fetching', 'distributing', 'done')",
+            distribution_ids, policy.priority, policy.hosts, dict(policy.labels),
+        )  # fmt: skip
+
+    async def has_distribution(
+        self, connection: db.Connection, policy_id: PolicyId, image_id: str
+    ) -> bool:
+        """Whether a distribution of the policy has the image on its hosts, or is to."""
+        return bool(
+            await connection.fetchval(
+                "SELECT EXISTS (SELECT 1 FROM distribution WHERE policy_id = $1 AND image_id = $2"
+                "   AND state IN ('fetching', 'distributing', 'done'))",
+                policy_id,
+                image_id,
             )
+        )
 
     async def distribution(self, distribution_id: UUID) -> Distribution:
         """The distribution.
@@ -369,8 +422,11 @@ class DistributionStore:
                 "   OR (d.blob_id IS NULL AND blob.image_id = d.image_id"
                 "     AND blob.state = 'fetching') LIMIT 1) blob ON true"
                 " LEFT JOIN LATERAL (SELECT"
-                "     sum(sent_bytes) FILTER (WHERE is_seed)::bigint AS by_seed,"
-                "     sum(sent_bytes) FILTER (WHERE NOT is_seed)::bigint AS by_peers"
+                # what agents say is summed as it is: it may be beyond every number
+                f"    least(coalesce(sum(sent_bytes) FILTER (WHERE is_seed), 0), {MAX_BIGINT})::bigint"
+                "       AS by_seed,"
+                "     least(coalesce(sum(sent_bytes) FILTER (WHERE NOT is_seed), 0),"
+                f"      {MAX_BIGINT})::bigint AS by_peers"
                 "   FROM transfer t WHERE t.distribution_id = d.distribution_id) sent ON true"
                 " LEFT JOIN LATERAL (SELECT jsonb_object_agg(state, n) AS counts FROM"
                 "   (SELECT state, count(*) AS n FROM distribution_host h"
@@ -388,15 +444,16 @@ class DistributionStore:
                 "   coalesce(t.peers, 0) AS peers, coalesce(t.rack, 0) AS rack,"
                 "   coalesce(t.wasted, 0) AS wasted, host.link_bytes_per_second"
                 " FROM distribution_host h LEFT JOIN host USING (host) LEFT JOIN LATERAL (SELECT"
-                "     sum(sent_bytes)::bigint AS sent,"
-                "     sum(received_from_seed_bytes)::bigint AS seed,"
-                "     sum(received_from_peers_bytes)::bigint AS peers,"
-                "     sum(received_from_rack_bytes)::bigint AS rack,"
-                "     sum(wasted_bytes)::bigint AS wasted FROM transfer t"
+                "     least(coalesce(sum(sent_bytes), 0), $2)::bigint AS sent,"
+                "     least(coalesce(sum(received_from_seed_bytes), 0), $2)::bigint AS seed,"
+                "     least(coalesce(sum(received_from_peers_bytes), 0), $2)::bigint AS peers,"
+                "     least(coalesce(sum(received_from_rack_bytes), 0), $2)::bigint AS rack,"
+                "     least(coalesce(sum(wasted_bytes), 0), $2)::bigint AS wasted FROM transfer t"
                 "   WHERE t.distribution_id = h.distribution_id AND t.host = h.host"
                 "     AND NOT t.is_seed) t ON true"
                 " WHERE h.distribution_id = $1 ORDER BY h.host",
                 distribution_id,
+                MAX_BIGINT,
             )
         return [
             HostProgress(

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import time as clock
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime, time, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, time
 from typing import Annotated, Self
 from uuid import UUID
 
@@ -39,6 +41,7 @@ from hostler_precache.wire import HostNames, ImageIdText, Request, View, image_o
 router = APIRouter(prefix="/v1")
 
 EVENT_SECONDS = 0.5
+IDLE_OVER_BUSY = 9
 NAMES_SHOWN = 100
 Percent = Annotated[int, Field(ge=1, le=100)]
 BytesPerSecond = Annotated[int, Field(ge=1, lt=2**63)]
@@ -264,7 +267,11 @@ def detail(
     )
 
 
-@router.post("/distributions", status_code=202, dependencies=[auth.require(Role.OPERATOR)])
+@router.post(
+    "/distributions",
+    status_code=202,
+    dependencies=[auth.require(Role.OPERATOR, every_project=True)],
+)
 async def distribute(
     body: DistributionRequest,
     store: StoreDep,
@@ -317,7 +324,7 @@ async def distribute(
     )
 
 
-@router.post("/plans", dependencies=[auth.require(Role.READER)])
+@router.post("/plans", dependencies=[auth.require(Role.READER, every_project=True)])
 async def plan(
     body: DistributionRequest,
     store: StoreDep,
@@ -325,7 +332,7 @@ async def plan(
     settings: SettingsDep,
 ) -> PlanView:
     """What a distribution would do: which hosts, how fast at best, and what is in its way."""
-    size_bytes = body.image.size_bytes if body.image else None
+    size_bytes = image_of(body.image).size_bytes if body.image else None
     if body.image is None:
         record = await store.image(body.image_id)
         known = record.blob.size_bytes if record.blob else None
@@ -349,10 +356,8 @@ async def plan(
     begins_at = rollout.next_open(how.windows, datetime.now(UTC))
     is_in_time = None
     if how.deadline_at is not None and found is not None:
-        is_in_time = (
-            begins_at is not None
-            and begins_at + timedelta(seconds=found.seconds) <= how.deadline_at
-        )
+        ends_at = begins_at and bound.ends_at(begins_at, found.seconds)
+        is_in_time = ends_at is not None and ends_at <= how.deadline_at
     return PlanView(
         image_id=body.image_id,
         size_bytes=size_bytes,
@@ -373,7 +378,7 @@ async def plan(
     )
 
 
-@router.get("/distributions", dependencies=[auth.require(Role.READER)])
+@router.get("/distributions", dependencies=[auth.require(Role.READER, every_project=True)])
 async def list_distributions(
     distributions: DistributionsDep,
     limit: Limit = 100,
@@ -389,18 +394,25 @@ async def list_distributions(
     )
 
 
-@router.get("/distributions/{distribution_id}", dependencies=[auth.require(Role.READER)])
+@router.get(
+    "/distributions/{distribution_id}",
+    response_model=DistributionDetail,
+    dependencies=[auth.require(Role.READER, every_project=True)],
+)
 async def show_distribution(
     distribution_id: UUID, distributions: DistributionsDep, settings: SettingsDep
-) -> DistributionDetail:
+) -> Response:
     """One distribution with every host of it."""
     record = await distributions.distribution(distribution_id)
-    return detail(record, await distributions.progress(distribution_id), settings)
+    hosts = await distributions.progress(distribution_id)
+    # of thousands of hosts this takes long, and others are to be answered meanwhile
+    body = await asyncio.to_thread(lambda: detail(record, hosts, settings).model_dump_json())
+    return Response(body, media_type="application/json")
 
 
 @router.get(
     "/distributions/{distribution_id}/events",
-    dependencies=[auth.require(Role.READER)],
+    dependencies=[auth.require(Role.READER, every_project=True)],
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}}},
 )
@@ -422,86 +434,108 @@ async def _events(
 ) -> AsyncIterator[str]:
     told_view, told_hosts = "", dict[str, HostProgressView]()
     while True:
-        record = await distributions.distribution(distribution_id)
-        current = detail(record, await distributions.progress(distribution_id), settings)
-        # what only the clock changes is no news
-        view = current.model_dump_json(exclude={"estimate", "progress"})
-        news = [host for host in current.progress if told_hosts.get(host.host) != host]
-        if news or view != told_view:
-            told_view = view
-            told_hosts |= {host.host: host for host in news}
-            current.progress = news
-            yield f"event: progress\ndata: {current.model_dump_json()}\n\n"
+        began = clock.monotonic()
+        try:
+            record = await distributions.distribution(distribution_id)
+            hosts = await distributions.progress(distribution_id)
+        except errors.Unavailable:  # the stream goes on when the database is back
+            await asyncio.sleep(EVENT_SECONDS)
+            continue
+        # of thousands of hosts this takes long, and others are to be answered meanwhile
+        event, told_view = await asyncio.to_thread(
+            _news, record, hosts, settings, told_view, told_hosts
+        )
+        took = clock.monotonic() - began
+        if event:
+            yield event
         if record.state.is_over:
             yield f"event: end\ndata: {json.dumps({'state': record.state.value})}\n\n"
             return
-        await asyncio.sleep(EVENT_SECONDS)
+        # whoever watches takes a small part of this process, however many hosts there are
+        await asyncio.sleep(max(EVENT_SECONDS, IDLE_OVER_BUSY * took))
 
 
-@router.patch("/distributions/{distribution_id}", dependencies=[auth.require(Role.OPERATOR)])
+def _news(
+    record: Distribution,
+    hosts: Sequence[HostProgress],
+    settings: Settings,
+    told_view: str,
+    told_hosts: dict[str, HostProgressView],
+) -> tuple[str, str]:
+    """The event that tells what has changed, "" where nothing has, and the view that it tells.
+
+    What it tells of hosts is added to `told_hosts`.
+    """
+    current = detail(record, hosts, settings)
+    # what only the clock changes is no news
+    view = current.model_dump_json(exclude={"estimate", "progress"})
+    current.progress = [host for host in current.progress if told_hosts.get(host.host) != host]
+    if not current.progress and view == told_view:
+        return "", view
+    told_hosts |= {host.host: host for host in current.progress}
+    return f"event: progress\ndata: {current.model_dump_json()}\n\n", view
+
+
+@router.patch(
+    "/distributions/{distribution_id}",
+    response_model=DistributionDetail,
+    dependencies=[auth.require(Role.OPERATOR, every_project=True)],
+)
 async def change_distribution(
     distribution_id: UUID,
     body: RolloutChange,
     distributions: DistributionsDep,
     tracker: TrackerDep,
     settings: SettingsDep,
-) -> DistributionDetail:
+) -> Response:
     """Change its priority, deadline, limits or windows while it is on its way."""
-    record = await distributions.distribution(distribution_id)
-    if record.state.is_over:
-        raise errors.Conflict(f"the distribution is {record.state.value}")
     # a field that is null is taken away, one that is not named stays
     given = body.model_dump(exclude_unset=True, exclude={"priority", "windows"})
-    kept = {
-        name: getattr(record.rollout, name)
-        for name in (
-            "deadline_at",
-            "deadline_percent",
-            "host_bytes_per_second",
-            "total_bytes_per_second",
-        )
-    }
     if given.get("deadline_percent", 1) is None:
         given["deadline_percent"] = 100
-    windows = record.rollout.windows
     if "windows" in body.model_fields_set:
-        windows = [one.to_window() for one in body.windows or []]
+        given["windows"] = [one.to_window() for one in body.windows or []]
     async with db.transaction(distributions.pool) as connection:
+        priority, how = await distributions.hold(connection, distribution_id)
         await distributions.change_distribution(
             connection,
             distribution_id,
-            priority=record.priority if body.priority is None else body.priority,
-            rollout=Rollout(
-                canary_percent=record.rollout.canary_percent, windows=windows, **kept | given
-            ),
+            priority=priority if body.priority is None else body.priority,
+            rollout=replace(how, **given),
         )
-    if record.blob_id is not None:
-        tracker.forget(BlobId(record.blob_id))
-    return await show_distribution(distribution_id, distributions, settings)
+    return await _changed(distribution_id, distributions, tracker, settings)
 
 
-@router.post("/distributions/{distribution_id}/pause", dependencies=[auth.require(Role.OPERATOR)])
+@router.post(
+    "/distributions/{distribution_id}/pause",
+    response_model=DistributionDetail,
+    dependencies=[auth.require(Role.OPERATOR, every_project=True)],
+)
 async def pause_distribution(
     distribution_id: UUID,
     distributions: DistributionsDep,
     tracker: TrackerDep,
     settings: SettingsDep,
     caller: Caller,
-) -> DistributionDetail:
+) -> Response:
     """Its hosts fetch nothing more until it is resumed, and keep what they have."""
     async with db.transaction(distributions.pool) as connection:
         await distributions.pause(connection, distribution_id, reason=f"by {caller.name}")
     return await _changed(distribution_id, distributions, tracker, settings)
 
 
-@router.post("/distributions/{distribution_id}/resume", dependencies=[auth.require(Role.OPERATOR)])
+@router.post(
+    "/distributions/{distribution_id}/resume",
+    response_model=DistributionDetail,
+    dependencies=[auth.require(Role.OPERATOR, every_project=True)],
+)
 async def resume_distribution(
     distribution_id: UUID,
     store: StoreDep,
     distributions: DistributionsDep,
     tracker: TrackerDep,
     settings: SettingsDep,
-) -> DistributionDetail:
+) -> Response:
     """Its hosts go on where they were. One that its canaries stopped goes on to all hosts."""
     async with db.transaction(distributions.pool) as connection:
         blob = await distributions.resume(connection, distribution_id)
@@ -523,17 +557,17 @@ async def _changed(
     distributions: DistributionStore,
     tracker: tracking.Tracker,
     settings: Settings,
-) -> DistributionDetail:
-    found = await show_distribution(distribution_id, distributions, settings)
-    if found.blob_id is not None:
-        tracker.forget(BlobId(str(found.blob_id)))
-    return found
+) -> Response:
+    record = await distributions.distribution(distribution_id)
+    if record.blob_id is not None:
+        tracker.forget(BlobId(record.blob_id))
+    return await show_distribution(distribution_id, distributions, settings)
 
 
 @router.delete(
     "/distributions/{distribution_id}",
     status_code=204,
-    dependencies=[auth.require(Role.OPERATOR)],
+    dependencies=[auth.require(Role.OPERATOR, every_project=True)],
 )
 async def cancel_distribution(
     distribution_id: UUID, distributions: DistributionsDep, tracker: TrackerDep

@@ -6,7 +6,7 @@ Read from what hosts report, so it is right as far as they are; the bound itself
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from hostler_precache import bound
 from hostler_precache.distributions import Distribution, HostProgress
@@ -71,7 +71,7 @@ def estimate(
     over_bound, ends_at = None, distribution.finished_at
     if remaining is not None and found.seconds > 0:
         over_bound = (elapsed + remaining) / found.seconds
-        ends_at = ends_at or now + timedelta(seconds=remaining)
+        ends_at = ends_at or bound.ends_at(now, remaining)
     return Estimate(
         bound_seconds=found.seconds,
         limit=found.limit.value,
@@ -101,4 +101,5 @@ def _is_in_time(
         return distribution.deadline_met
     if remaining_seconds is None:
         return None
-    return now + timedelta(seconds=remaining_seconds) <= deadline_at
+    ends_at = bound.ends_at(now, remaining_seconds)
+    return ends_at is not None and ends_at <= deadline_at

@@ -39,6 +39,8 @@ ResultT = TypeVar("ResultT")
 
 FORGET_SECONDS: Final = 3600.0
 IDLE_SECONDS: Final = 0.3
+POLICIES_SECONDS: Final = 1.0
+DETAIL_CHARACTERS: Final = 2000
 FIRST_RETRY_SECONDS: Final = 2.0
 LONGEST_RETRY_SECONDS: Final = 300.0
 
@@ -84,13 +86,21 @@ class Pipeline:
             else:
                 await self._fetch(task)
 
+    async def run_policies_forever(self) -> None:
+        """Run policies as they come due, until cancelled: what is listed may take minutes."""
+        while True:
+            await self._patiently(self.run_policies)
+            await asyncio.sleep(POLICIES_SECONDS)
+
     async def run_policies(self) -> None:
         """Run every policy that is due."""
         while (policy := await self._policies.claim_policy()) is not None:
             outcome, detail = await self._run_policy(policy)
             self._metrics.policy_runs.labels(outcome).inc()
             log.info("policy_ran", policy=policy.name, outcome=outcome, detail=detail)
-            await self._policies.policy_ran(policy.policy_id, outcome=outcome, detail=detail)
+            await self._policies.policy_ran(
+                policy.policy_id, outcome=outcome, detail=_storable(detail)
+            )
 
     async def tell_sent(self) -> None:
         """What this seed sent is stored."""
@@ -138,6 +148,8 @@ class Pipeline:
             log.exception("lister_failed", policy=policy.name)
             return "failed", f"lister.failed: {type(exc).__name__}"
         async with db.transaction(self._store.pool) as connection:
+            if not await self._policies.hold(connection, policy.policy_id):
+                return "failed", "the policy was removed while it ran"
             known, moved = await self._distributions.policy_ran(
                 connection, policy, {image.image_id for image in listed}
             )
@@ -147,8 +159,15 @@ class Pipeline:
         for image in listed:
             try:
                 async with db.transaction(self._store.pool) as connection:
+                    # removed meanwhile, or run by another replica too: each image goes out once
+                    if not await self._policies.hold(connection, policy.policy_id):
+                        return "failed", "the policy was removed while it ran"
                     await self._store.add_image(connection, image)
-                    if image.image_id not in known:
+                    if image.image_id not in known and not (
+                        await self._distributions.has_distribution(
+                            connection, policy.policy_id, image.image_id
+                        )
+                    ):
                         await self._distribute(connection, image, policy)
                         new += 1
             except (ImageDiffers, db.Unstorable) as exc:
@@ -267,9 +286,10 @@ class Pipeline:
             "fetch_failed", image_id=task.image.image_id, reason=reason, detail=str(exc),
             retry_seconds=retry,
         )  # fmt: skip
+        detail = _storable(f"{reason}: {exc}")
         event = messages.IMAGE_FAILED.message(
             messages.ImageFailed(
-                image_id=task.image.image_id, blob_id=task.blob_id, reason=f"{reason}: {exc}"
+                image_id=task.image.image_id, blob_id=task.blob_id, reason=detail
             ),
             app_id=messages.APP_ID,
         )
@@ -277,7 +297,7 @@ class Pipeline:
             lambda: self._store.fetch_failed(
                 task.blob_id,
                 seed=self._seed.name,
-                reason=f"{reason}: {exc}",
+                reason=detail,
                 retry_seconds=retry,
                 messages=[event],
             )
@@ -346,6 +366,11 @@ class Pipeline:
                     log.warning("pipeline_waits", reason=exc.detail)
                 waiting = True
                 await asyncio.sleep(1.0)
+
+
+def _storable(text: str) -> str:
+    """The text as a column can hold it, and no longer than somebody would read: sources say anything."""
+    return text.encode(errors="replace").decode().replace("\0", "")[:DETAIL_CHARACTERS]
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

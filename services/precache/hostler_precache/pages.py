@@ -20,7 +20,7 @@ router = APIRouter(include_in_schema=False)
 pages = Pages("hostler_precache")
 
 
-@router.get("/", dependencies=[auth.require(auth.Role.READER)])
+@router.get("/", dependencies=[auth.require(auth.Role.READER, every_project=True)])
 async def overview(
     request: Request, records: DistributionsDep, swarms: SwarmsDep, policies: PoliciesDep
 ) -> HTMLResponse:
@@ -34,7 +34,10 @@ async def overview(
     )
 
 
-@router.get("/distributions/{distribution_id}", dependencies=[auth.require(auth.Role.READER)])
+@router.get(
+    "/distributions/{distribution_id}",
+    dependencies=[auth.require(auth.Role.READER, every_project=True)],
+)
 async def distribution(
     request: Request, distribution_id: UUID, records: DistributionsDep, settings: SettingsDep
 ) -> HTMLResponse:

@@ -63,7 +63,9 @@ class PolicyList(View):
     next_marker: str | None
 
 
-@router.post("/policies", status_code=201, dependencies=[auth.require(Role.OPERATOR)])
+@router.post(
+    "/policies", status_code=201, dependencies=[auth.require(Role.OPERATOR, every_project=True)]
+)
 async def create_policy(body: PolicyRequest, policies: PoliciesDep) -> PolicyView:
     """Make a policy, which is due at once."""
     check_plugin(plugins.LISTERS, body.lister)
@@ -73,7 +75,9 @@ async def create_policy(body: PolicyRequest, policies: PoliciesDep) -> PolicyVie
     return PolicyView.model_validate(await policies.policy(policy_id))
 
 
-@router.put("/policies/{policy_id}", dependencies=[auth.require(Role.OPERATOR)])
+@router.put(
+    "/policies/{policy_id}", dependencies=[auth.require(Role.OPERATOR, every_project=True)]
+)
 async def change_policy(policy_id: UUID, body: PolicyRequest, policies: PoliciesDep) -> PolicyView:
     """Make the policy this, all but its name, and run it: what it has distributed follows."""
     check_plugin(plugins.LISTERS, body.lister)
@@ -81,7 +85,7 @@ async def change_policy(policy_id: UUID, body: PolicyRequest, policies: Policies
     return PolicyView.model_validate(await policies.policy(policy_id))
 
 
-@router.get("/policies", dependencies=[auth.require(Role.READER)])
+@router.get("/policies", dependencies=[auth.require(Role.READER, every_project=True)])
 async def list_policies(
     policies: PoliciesDep, limit: Limit = 100, marker: str | None = None
 ) -> PolicyList:
@@ -93,14 +97,16 @@ async def list_policies(
     )
 
 
-@router.get("/policies/{policy_id}", dependencies=[auth.require(Role.READER)])
+@router.get("/policies/{policy_id}", dependencies=[auth.require(Role.READER, every_project=True)])
 async def show_policy(policy_id: UUID, policies: PoliciesDep) -> PolicyView:
     """One policy."""
     return PolicyView.model_validate(await policies.policy(policy_id))
 
 
 @router.post(
-    "/policies/{policy_id}/run", status_code=202, dependencies=[auth.require(Role.OPERATOR)]
+    "/policies/{policy_id}/run",
+    status_code=202,
+    dependencies=[auth.require(Role.OPERATOR, every_project=True)],
 )
 async def run_policy(policy_id: UUID, policies: PoliciesDep) -> PolicyView:
     """Run it now."""
@@ -109,7 +115,9 @@ async def run_policy(policy_id: UUID, policies: PoliciesDep) -> PolicyView:
 
 
 @router.delete(
-    "/policies/{policy_id}", status_code=204, dependencies=[auth.require(Role.OPERATOR)]
+    "/policies/{policy_id}",
+    status_code=204,
+    dependencies=[auth.require(Role.OPERATOR, every_project=True)],
 )
 async def delete_policy(policy_id: UUID, policies: PoliciesDep) -> None:
     """Remove the policy; what it distributed stays."""

@@ -8,6 +8,8 @@ import asyncpg
 from hostler_common import db, errors
 from hostler_precache.distributions import Policy, PolicyId
 
+RUN_SECONDS = 300.0  # a run that has not said how it went for so long was cut off
+
 
 class PolicyNotFound(errors.NotFound):
     """There is no such policy."""
@@ -139,22 +141,36 @@ class PolicyStore:
             raise PolicyNotFound(f"no policy {policy_id}")
 
     async def claim_policy(self) -> Policy | None:
-        """A policy that is due, and is no longer: whoever claims it runs it."""
+        """A policy that is due, and is no longer: whoever claims it runs it.
+
+        It is due again soon, should nobody say how the run went.
+        """
         async with db.transaction(self._pool) as connection:
             row = await connection.fetchrow(
-                "UPDATE policy SET next_run_at = now() + make_interval(secs => every_seconds),"
-                "   last_run_at = now()"
+                "UPDATE policy SET last_run_at = now(),"
+                "   next_run_at = now() + make_interval(secs => least(every_seconds, $1))"
                 " WHERE policy_id = (SELECT policy_id FROM policy WHERE next_run_at <= now()"
-                "   ORDER BY next_run_at LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING *"
+                "   ORDER BY next_run_at LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING *",
+                RUN_SECONDS,
             )
         return None if row is None else _policy(row)
 
+    async def hold(self, connection: db.Connection, policy_id: PolicyId) -> bool:
+        """Whether the policy is there; it is, then, and no other run changes anything, until the commit."""
+        found = await connection.fetchval(
+            "SELECT 1 FROM policy WHERE policy_id = $1 FOR NO KEY UPDATE", policy_id
+        )
+        return found is not None
+
     async def policy_ran(self, policy_id: PolicyId, *, outcome: str, detail: str) -> None:
-        """How the last run went is stored."""
+        """How the last run went is stored; the next is when it should be, or when somebody asked."""
         async with db.transaction(self._pool) as connection:
             await connection.execute(
-                "UPDATE policy SET last_outcome = $2, last_detail = $3 WHERE policy_id = $1",
-                policy_id, outcome, detail,
+                "UPDATE policy SET last_outcome = $2, last_detail = $3, next_run_at = CASE"
+                "   WHEN next_run_at = last_run_at + make_interval(secs => least(every_seconds, $4))"
+                "     THEN last_run_at + make_interval(secs => every_seconds)"
+                "   ELSE next_run_at END WHERE policy_id = $1",
+                policy_id, outcome, detail, RUN_SECONDS,
             )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hostler_precache.images import IMAGE_ID_PATTERN
 
+PAUSED = "paused"  # the reason of a host that has heard that it is to wait
 REASON_CHARACTERS = 500  # a longer reason is cut by who reports it
 HOST_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"
 HostName = Annotated[str, Field(pattern=HOST_PATTERN)]

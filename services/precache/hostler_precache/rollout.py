@@ -49,6 +49,22 @@ class Window:
         begun = today in self.days and now >= self.start
         return begun or (yesterday in self.days and now < self.stop)
 
+    def next_open(self, after: datetime) -> datetime | None:
+        """The first moment after a moment outside at which it is open; None where there is none in 8 days."""
+        zone = ZoneInfo(self.time_zone)
+        day = after.astimezone(zone).date()
+        # it opens at its start, of which there are two where clocks are put back ...
+        moments = [
+            datetime.combine(day + timedelta(days=n), self.start, zone).replace(fold=fold)
+            for n in range(9)
+            for fold in (0, 1)
+        ]
+        # ... or when clocks are put forward over it, which they are at a quarter of an hour
+        quarter = after.replace(minute=after.minute // 15 * 15, second=0, microsecond=0)
+        moments += [quarter + timedelta(minutes=15 * n) for n in range(1, 8 * 24 * 4 + 1)]
+        later = sorted(at for one in moments if (at := one.astimezone(UTC)) > after)
+        return next((at for at in later if self.contains(at)), None)
+
 
 def is_open(windows: Sequence[Window], at: datetime) -> bool:
     """Whether pieces may move now: always, where no window is named."""
@@ -56,16 +72,12 @@ def is_open(windows: Sequence[Window], at: datetime) -> bool:
 
 
 def next_open(windows: Sequence[Window], after: datetime) -> datetime | None:
-    """The first whole minute from `after` on that is inside a window; None where there is none in 8 days."""
+    """The first moment from `after` on that is inside a window; None where there is none in 8 days."""
     at = after.astimezone(UTC)
     if is_open(windows, at):
         return at
-    at = at.replace(second=0, microsecond=0) + timedelta(minutes=1)
-    for _ in range(8 * 24 * 60):
-        if is_open(windows, at):
-            return at
-        at += timedelta(minutes=1)
-    return None
+    openings = (window.next_open(at) for window in windows)
+    return min((opening for opening in openings if opening is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +112,10 @@ class Verdict(StrEnum):
 def canary_verdict(states: Mapping[str, int]) -> Verdict:
     """From how many canary hosts are in which state: all must have ended, and none in an error.
 
-    A host that cannot hold images (unsupported, skipped) says nothing of the image.
+    A host that cannot hold images (unsupported, skipped) says nothing of the image. Where there is
+    no host yet, the first that comes is the canary.
     """
-    if any(states.get(state) for state in OPEN):
+    if not states or any(states.get(state) for state in OPEN):
         return Verdict.WAIT
     return Verdict.STOP if states.get("error") else Verdict.GO
 

@@ -6,6 +6,7 @@ the outbox inside it. Times are the database's.
 
 import uuid
 from collections.abc import Sequence
+from typing import Final
 from uuid import UUID
 
 import asyncpg
@@ -22,7 +23,7 @@ from hostler_precache.distributions import (
 from hostler_precache.images import Image, SourceHash, Verification
 from hostler_precache.manifest import BlobId, ImageId, Manifest
 
-_LIVE = ("fetching", "distributing")
+MAX_BIGINT: Final = 2**63 - 1
 
 
 class ImageNotFound(errors.NotFound):
@@ -61,7 +62,10 @@ class Store:
 
         Raises:
             ImageDiffers: it is known with another source, size or hash, and its bytes are here.
+            Unstorable: it is none that there can be.
         """
+        if image.size_bytes is not None and image.size_bytes < 0:  # listers are plugins
+            raise db.Unstorable(f"{image.size_bytes} bytes are no size of an image")
         known = image.source_hash
         values = (
             image.image_id, image.name, image.fetcher, image.location, image.size_bytes,
@@ -239,6 +243,12 @@ class Store:
         Returns:
             Those distributions, or None when another replica has taken the fetch over.
         """
+        # a distribution that is being made of it is waited for: it sees the blob, or is seen below
+        await connection.execute(
+            "SELECT 1 FROM image WHERE image_id ="
+            "   (SELECT image_id FROM blob WHERE blob_id = $1) FOR NO KEY UPDATE",
+            UUID(blob_id),
+        )
         row = await connection.fetchrow(
             "UPDATE blob SET state = 'ready', reason = NULL, size_bytes = $3, fetched_bytes = $3,"
             "   root = $4, manifest = $5, verification = $6, disk_format = $7, ready_at = now()"
@@ -325,9 +335,16 @@ class Store:
         Those of deleted images, and those that no distribution has wanted for so long.
         """
         async with db.transaction(self._pool) as connection:
+            # not those that a distribution is being made of; what is locked is looked at afterwards,
+            # since a statement that waits for a lock goes on with what it saw before
+            idle = await connection.fetch(
+                "SELECT blob_id FROM blob WHERE seed = $1 AND state = 'ready'"
+                " ORDER BY blob_id FOR UPDATE SKIP LOCKED",
+                seed,
+            )
             rows = await connection.fetch(
                 "UPDATE blob SET state = 'error', reason = 'retired' FROM image"
-                " WHERE image.image_id = blob.image_id AND blob.seed = $1 AND blob.state = 'ready'"
+                " WHERE image.image_id = blob.image_id AND blob.blob_id = ANY ($1::uuid[])"
                 "   AND NOT EXISTS (SELECT 1 FROM distribution d WHERE d.blob_id = blob.blob_id"
                 "     AND (d.state IN ('fetching', 'distributing', 'done')"
                 "       OR d.finished_at > now() - make_interval(secs => $2)"
@@ -335,7 +352,7 @@ class Store:
                 "   AND (image.deleted_at IS NOT NULL"
                 "     OR blob.ready_at < now() - make_interval(secs => $2))"
                 " RETURNING blob.blob_id",
-                seed,
+                [row["blob_id"] for row in idle],
                 idle_seconds,
             )
         return [BlobId(str(row["blob_id"])) for row in rows]
@@ -348,9 +365,18 @@ class Store:
                 UUID(blob_id),
                 reason,
             )
+            # hosts say anew what they have: it is another blob, and what is done is not done with,
+            # since hosts come later and those that have it are told to keep it
             await connection.execute(
-                "UPDATE distribution SET state = 'fetching', blob_id = NULL, announced_at = NULL"
-                " WHERE blob_id = $1 AND state = 'distributing'",
+                "UPDATE distribution_host SET state = 'waiting', reason = NULL, pieces_done = 0,"
+                "   bytes_done = 0, coverage = '', started_at = NULL, finished_at = NULL"
+                " WHERE distribution_id IN (SELECT distribution_id FROM distribution"
+                "   WHERE blob_id = $1 AND state IN ('distributing', 'done'))",
+                UUID(blob_id),
+            )
+            await connection.execute(
+                "UPDATE distribution SET state = 'fetching', blob_id = NULL, announced_at = NULL,"
+                "   finished_at = NULL WHERE blob_id = $1 AND state IN ('distributing', 'done')",
                 UUID(blob_id),
             )
 

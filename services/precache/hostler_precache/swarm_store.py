@@ -22,7 +22,7 @@ from hostler_precache.distributions import (
     Wanted,
 )
 from hostler_precache.manifest import BlobId
-from hostler_precache.store import blob_record
+from hostler_precache.store import MAX_BIGINT, blob_record
 
 _FINAL = [state.value for state in protocol.HostState if state.is_final]
 
@@ -81,23 +81,26 @@ class SwarmStore:
         A host that distributions by labels did not know yet is part of them from now on.
         """
         async with db.transaction(self._pool) as connection:
-            await connection.execute(
-                "WITH joined AS (INSERT INTO distribution_host (distribution_id, host)"
-                "     SELECT d.distribution_id, $1 FROM distribution d"
-                "     LEFT JOIN host ON host.host = $1"
-                "     WHERE d.hosts IS NULL AND d.state IN ('fetching', 'distributing', 'done')"
-                "       AND coalesce(host.labels, '{}') @> d.labels"
-                "       AND NOT EXISTS (SELECT 1 FROM distribution_host known"
-                "         WHERE known.distribution_id = d.distribution_id AND known.host = $1)"
-                "       AND (d.percent IS NULL OR (SELECT count(*) FROM distribution_host other"
-                "           WHERE other.distribution_id = d.distribution_id) <"
-                "         ceil(d.percent / 100.0 * (SELECT count(*) FROM host every"
-                "           WHERE every.labels @> d.labels)))"
-                "     ON CONFLICT DO NOTHING RETURNING distribution_id)"
-                " UPDATE distribution SET state = 'distributing', finished_at = NULL"
-                " WHERE state = 'done' AND distribution_id IN (SELECT distribution_id FROM joined)",
+            joined = await connection.fetch(
+                "INSERT INTO distribution_host (distribution_id, host, wave)"
+                " SELECT d.distribution_id, $1,"
+                # where there was no host to try it on, the first that comes is the canary
+                "   CASE WHEN d.wave = 0 AND NOT EXISTS (SELECT 1 FROM distribution_host first"
+                "     WHERE first.distribution_id = d.distribution_id AND first.wave = 0)"
+                "   THEN 0 ELSE 1 END"
+                " FROM distribution d LEFT JOIN host ON host.host = $1"
+                " WHERE d.hosts IS NULL AND d.state IN ('fetching', 'distributing', 'done')"
+                "   AND coalesce(host.labels, '{}') @> d.labels"
+                "   AND NOT EXISTS (SELECT 1 FROM distribution_host known"
+                "     WHERE known.distribution_id = d.distribution_id AND known.host = $1)"
+                "   AND (d.percent IS NULL OR (SELECT count(*) FROM distribution_host other"
+                "       WHERE other.distribution_id = d.distribution_id) <"
+                "     ceil(d.percent / 100.0 * (SELECT count(*) FROM host every"
+                "       WHERE every.labels @> d.labels)))"
+                " ON CONFLICT DO NOTHING RETURNING distribution_id",
                 host,
             )
+            await self._finish(connection, {row["distribution_id"] for row in joined})
             rows = await connection.fetch(
                 "SELECT * FROM (SELECT DISTINCT ON (blob.blob_id) d.distribution_id, d.priority,"
                 "     d.created_at AS since, d.deadline_at, d.paused_at, d.is_open,"
@@ -190,6 +193,7 @@ class SwarmStore:
             "     CASE WHEN h.state = 'cached' AND told.state = 'existing' THEN h.state"
             "       ELSE told.state END AS after"
             "   FROM told JOIN distribution d ON d.blob_id = told.blob_id"
+            "     AND d.state IN ('distributing', 'done')"
             "   JOIN distribution_host h ON h.distribution_id = d.distribution_id"
             "     AND h.host = told.host"
             "   WHERE (h.state, h.reason, h.pieces_done, h.bytes_done, h.coverage) IS DISTINCT FROM"
@@ -298,6 +302,13 @@ class SwarmStore:
         """Of these distributions, some become done, or distribute again, as their hosts say."""
         if not changed:
             return []
+        # of two replicas whose hosts end together, the later one sees what the earlier one stored:
+        # a statement that waits for a lock goes on with what it saw before
+        await connection.execute(
+            "SELECT 1 FROM distribution WHERE distribution_id = ANY ($1::uuid[])"
+            " ORDER BY distribution_id FOR NO KEY UPDATE",
+            list(changed),
+        )
         rows = await connection.fetch(
             "UPDATE distribution d SET"
             "   state = CASE WHEN still.open THEN 'distributing' ELSE 'done' END,"
@@ -306,8 +317,7 @@ class SwarmStore:
             "     WHERE h.distribution_id = x.distribution_id"
             "       AND h.state IN ('waiting', 'transferring')) AS open"
             "   FROM distribution x WHERE x.distribution_id = ANY ($1::uuid[])"
-            "     AND x.state IN ('distributing', 'done')"
-            "   ORDER BY x.distribution_id FOR UPDATE) still"
+            "     AND x.state IN ('distributing', 'done')) still"
             " WHERE d.distribution_id = still.distribution_id"
             "   AND (d.state = 'distributing') <> still.open"
             " RETURNING d.distribution_id, d.state",
@@ -337,12 +347,15 @@ class SwarmStore:
         """What all hosts have received for the distributions that there are, by source."""
         async with db.connection(self._pool) as connection:
             row = await connection.fetchrow(
-                "SELECT coalesce(sum(received_from_seed_bytes), 0)::bigint AS seed,"
-                "   coalesce(sum(received_from_rack_bytes), 0)::bigint AS rack,"
-                "   coalesce(sum(received_from_peers_bytes - received_from_rack_bytes), 0)::bigint"
+                # what agents say is summed as it is: it may be beyond every number
+                "SELECT least(coalesce(sum(received_from_seed_bytes), 0), $1)::bigint AS seed,"
+                "   least(coalesce(sum(received_from_rack_bytes), 0), $1)::bigint AS rack,"
+                "   least(coalesce(sum(greatest("
+                "     received_from_peers_bytes - received_from_rack_bytes, 0)), 0), $1)::bigint"
                 "     AS outside,"
-                "   coalesce(sum(wasted_bytes), 0)::bigint AS wasted"
-                " FROM transfer WHERE NOT is_seed"
+                "   least(coalesce(sum(wasted_bytes), 0), $1)::bigint AS wasted"
+                " FROM transfer WHERE NOT is_seed",
+                MAX_BIGINT,
             )
         assert row is not None
         return dict(row)

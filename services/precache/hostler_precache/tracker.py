@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from hostler_common.bus import Message
 from hostler_precache import graph, messages, protocol, tokens
@@ -20,6 +21,9 @@ from hostler_precache.distributions import (
 from hostler_precache.envelope import CacheCall
 from hostler_precache.manifest import BlobId
 from hostler_precache.swarm_store import SwarmStore
+
+IDLE_SECONDS: Final = 10.0
+MOVING_SECONDS: Final = 1.0
 
 
 def grant(blob: BlobRecord, distribution_id: DistributionId, *, token_seconds: int) -> str:
@@ -110,7 +114,7 @@ class _Swarm:
         self._moving: Counter[DistributionId] = Counter()
         self.record: SwarmRecord | None = None
         self.lock = asyncio.Lock()
-        self.asked_at = 0.0
+        self.asked_at = self.read_at = 0.0
 
     def take(self, record: SwarmRecord) -> None:
         """The swarm is as the record says."""
@@ -125,6 +129,12 @@ class _Swarm:
             rule for one in record.members if one.is_moving for rule in one.distribution_ids
         )
         self.record = record
+        self.read_at = time.monotonic()
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether some host is still getting it."""
+        return bool(self._moving)
 
     def add(self, host: str, url: str, rack: str | None) -> None:
         """A host has joined since the record was read."""
@@ -145,9 +155,10 @@ class _Swarm:
             if other not in banned
         ]
 
-    def is_halted(self, host: str) -> bool:
-        """Whether no distribution lets the host fetch the blob now."""
-        return all(rule.is_halted for _, rule in self._rules_of(host))
+    def is_halted(self, host: str) -> bool | None:
+        """Whether no distribution lets the host fetch the blob now; None where none wants it there."""
+        rules = self._rules_of(host)
+        return all(rule.is_halted for _, rule in rules) if rules else None
 
     def limit_bytes_per_second(self, host: str) -> int | None:
         """What the host may fetch, by the most generous of its distributions.
@@ -200,13 +211,18 @@ class Tracker:
             limit_bytes_per_second=known.limit_bytes_per_second(host),
         )
 
-    async def is_halted(self, host: str, blob_id: BlobId) -> bool:
-        """Whether no distribution lets the host fetch the blob now."""
-        return (await self._known(blob_id)).is_halted(host)
+    async def has_news(self, host: str, blob_id: BlobId, told: protocol.BlobReport) -> bool:
+        """Whether the host goes by what is no longer so: that it may fetch the blob, or that it may not."""
+        is_halted = (await self._known(blob_id)).is_halted(host)
+        return is_halted is None or is_halted != (told.reason == protocol.PAUSED)
 
     async def heard(self, host: str, report: protocol.HostReport, blob_id: BlobId) -> None:
         """A host has told of a blob that it has or is getting: others may be sent to it at once."""
         known = await self._known(blob_id)
+        if not known.is_moving:
+            async with known.lock:  # another replica was told of what this host begins with
+                if time.monotonic() - known.read_at > MOVING_SECONDS:
+                    known.take(await self._read(blob_id))
         known.add(host, report.url, report.labels.get("rack"))
 
     def forget(self, blob_id: BlobId) -> None:
@@ -214,13 +230,20 @@ class Tracker:
         self._swarms.pop(blob_id, None)
 
     async def refresh(self) -> None:
-        """Swarms that somebody has asked about lately are current; the others are forgotten."""
+        """Swarms that somebody has asked about lately are current; the others are forgotten.
+
+        Of those in which nobody moves, which every host asks about now and then, a little less so.
+        """
         now = time.monotonic()
         for blob_id, known in list(self._swarms.items()):
-            if now - known.asked_at > self._member_seconds:
-                del self._swarms[blob_id]
-            else:
+            # an agent may name any blob: only those are kept that some distribution is of
+            is_ours = known.record is None or bool(known.record.rules)
+            is_wanted = is_ours and now - known.asked_at <= self._member_seconds
+            if is_wanted and (known.is_moving or now - known.read_at > IDLE_SECONDS):
                 known.take(await self._read(blob_id))
+            # while they were read it may have been forgotten, and asked about again
+            if not is_wanted and self._swarms.get(blob_id) is known:
+                del self._swarms[blob_id]
 
     async def _known(self, blob_id: BlobId) -> _Swarm:
         known = self._swarms.setdefault(blob_id, _Swarm(blob_id))

@@ -8,6 +8,7 @@ from hostler_common import errors
 from hostler_precache import plugins, protocol
 from hostler_precache.images import IMAGE_ID_PATTERN, Image
 from hostler_precache.listers import ListedImage
+from hostler_precache.store import MAX_BIGINT
 
 ImageIdText = Annotated[str, Field(pattern=IMAGE_ID_PATTERN)]
 HostNames = Annotated[list[protocol.HostName], Field(min_length=1, max_length=20_000)]
@@ -39,6 +40,8 @@ def image_of(listed: ListedImage) -> Image:
         Invalid: its fields do not go together.
     """
     check_plugin(plugins.FETCHERS, listed.fetcher)
+    if listed.size_bytes is not None and listed.size_bytes > MAX_BIGINT:
+        raise errors.Invalid("size_bytes is more than there can be")
     try:
         return listed.to_image()
     except ValueError as exc:

@@ -45,12 +45,38 @@ def test_without_windows_it_is_always_open() -> None:
     assert rollout.is_open([], datetime(2026, 1, 1, tzinfo=UTC))
 
 
-@given(st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 31), timezones=st.just(UTC)))
-def test_the_next_opening_is_open_and_nothing_before_it_is(at: datetime) -> None:
-    found = rollout.next_open([NIGHT], at)
-    assert found is not None
-    assert NIGHT.contains(found)
-    assert found == at or not NIGHT.contains(found - timedelta(minutes=1)) or found - at < timedelta(minutes=1)  # fmt: skip
+MOMENTS = st.integers(0, 365 * 24 * 60).map(
+    lambda minutes: datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)
+)
+# the days on which clocks change, in either hemisphere; Lord Howe's by half an hour
+CHANGES = st.builds(
+    lambda day, minutes: day + timedelta(minutes=minutes),
+    st.sampled_from(
+        [
+            datetime(2026, month, day, tzinfo=UTC)
+            for month, day in ((3, 27), (4, 3), (10, 2), (10, 23))
+        ]
+    ),
+    st.integers(0, 3 * 24 * 60),
+)
+TIMES = st.builds(time, st.integers(0, 23), st.integers(0, 59))
+WINDOWS = st.builds(
+    Window,
+    start=TIMES,
+    stop=TIMES,
+    time_zone=st.sampled_from(["UTC", "Europe/Berlin", "Australia/Lord_Howe", "Asia/Kathmandu"]),
+    days=st.frozensets(st.sampled_from(rollout.DAYS), min_size=1),
+)
+
+
+@given(st.lists(WINDOWS, min_size=1, max_size=2), MOMENTS | CHANGES)
+def test_the_next_opening_is_the_first_minute_that_is_open(
+    windows: list[Window], at: datetime
+) -> None:
+    minutes = (at + timedelta(minutes=n) for n in range(8 * 24 * 60))
+    first = next((minute for minute in minutes if rollout.is_open(windows, minute)), None)
+    found = rollout.next_open(windows, at)
+    assert found == first or (first is None and found is not None and found > at)
 
 
 @pytest.mark.parametrize("zone", ["Mars/Olympus", "", "../etc/passwd", "/etc/passwd", "a\0b"])
@@ -62,6 +88,7 @@ def test_a_time_zone_that_there_is_not_is_refused(zone: str) -> None:
 @pytest.mark.parametrize(
     ("states", "verdict"),
     [
+        ({}, Verdict.WAIT),
         ({"waiting": 1, "cached": 3}, Verdict.WAIT),
         ({"transferring": 1, "error": 1}, Verdict.WAIT),
         ({"cached": 2, "existing": 1}, Verdict.GO),
@@ -139,3 +166,10 @@ def test_what_remains_is_the_slowest_of_the_share_asked_for() -> None:
     assert bound.remaining_seconds(MIB, paces, share=0.75) == 3
     assert bound.remaining_seconds(MIB, paces) is None
     assert bound.remaining_seconds(MIB, []) is None
+
+
+def test_what_takes_longer_than_the_calendar_lasts_has_no_end() -> None:
+    now = datetime(2026, 11, 21, tzinfo=UTC)
+    assert bound.ends_at(now, 3600) == datetime(2026, 11, 21, 1, tzinfo=UTC)
+    assert bound.ends_at(now, 1e12) is None
+    assert bound.ends_at(now, 1e300) is None

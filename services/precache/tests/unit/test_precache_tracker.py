@@ -19,18 +19,24 @@ class Records:
 
     def __init__(self) -> None:
         self.is_halted = False
-        self.has_rules = True
+        self.has_rules = self.is_moving = True
+        self.reads = 0
         self.meanwhile: Any = lambda: None
 
     async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
         """The record."""
         del blob_id, within_seconds
         self.meanwhile()
+        self.reads += 1
         rule = SwarmRule(
             is_halted=self.is_halted, host_bytes_per_second=None, total_bytes_per_second=None
         )
         member = Member(
-            host="h1", url="http://h1", rack=None, is_moving=True, distribution_ids=[DISTRIBUTION]
+            host="h1",
+            url="http://h1",
+            rack=None,
+            is_moving=self.is_moving,
+            distribution_ids=[DISTRIBUTION],
         )
         return SwarmRecord(
             seeds=["http://seed"],
@@ -96,3 +102,21 @@ async def test_a_refresh_leaves_what_was_asked_lately() -> None:
     assert tracker._swarms[ONE].asked_at <= time.monotonic()
     await tracker.refresh()
     assert list(tracker._swarms) == [ONE]
+
+
+async def test_a_swarm_in_which_nobody_moves_is_read_seldom_until_somebody_begins() -> None:
+    records = Records()
+    records.is_moving = False
+    tracker = tracker_of(records)
+    await tracker.swarm("h1", ONE)
+    for _ in range(5):
+        await tracker.refresh()
+    assert records.reads == 1
+    tracker._swarms[ONE].read_at -= 5
+    records.is_moving = True
+    report = protocol.HostReport(url="http://h1", session_id=str(uuid.uuid4()))
+    await tracker.heard("h1", report, ONE)
+    assert records.reads == 2
+    await tracker.refresh()
+    await tracker.heard("h1", report, ONE)
+    assert records.reads == 3
