@@ -51,6 +51,7 @@ class _Host(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._answered: asyncio.Future[bytes] | None = None
         self._received = bytearray()
+        self.version = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -64,6 +65,9 @@ class _Host(asyncio.Protocol):
         length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0] or 0)
         if len(body) >= length and self._answered is not None and not self._answered.done():
             self._received.clear()
+            told = body.partition(b'"version":"')[2].partition(b'"')[0]
+            if told:  # an agent says which swarm it goes by, and is not told it again
+                self.version = told.decode()
             self._answered.set_result(head.split(b"\r\n", 1)[0])
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -104,7 +108,7 @@ class _Run:
             await asyncio.sleep(max(0.0, at - loop.time()))
             at += self.every_seconds
             pieces = (pieces + 3) % PIECES
-            request = _request(name, session, keys, pieces)
+            request = _request(name, session, {**keys, "swarm_version": link.version}, pieces)
             started = time.perf_counter()
             try:
                 status = await link.ask(request)

@@ -426,6 +426,9 @@ class Server:
                 server_header=False,
                 # a client that listens to events never ends its request: it may not use up the whole drain
                 timeout_graceful_shutdown=max(1, int(settings.drain_seconds / 2)),
+                # agents report every few seconds on a connection that they keep: with uvicorn's 5 s, one that is
+                # closed in the moment of a request loses it
+                timeout_keep_alive=75,
                 http="httptools",
                 ws="none",
             )

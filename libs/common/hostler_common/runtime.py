@@ -8,6 +8,7 @@ not committed never was.
 """
 
 import asyncio
+import gc
 import random
 import signal
 import socket
@@ -183,6 +184,11 @@ class Process:
         """Start the buses, then wait for the stop and drain."""
         for bus in self._buses:
             self.spawn(bus.run(), name="bus")
+        # thousands of messages or requests a second are objects that live for a moment: without this, a third of the
+        # time goes into looking through everything that was ever loaded for cycles that are not there
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         log.info("started")
         await self._stop.wait()
         started = time.monotonic()

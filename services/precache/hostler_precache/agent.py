@@ -12,13 +12,15 @@ import os
 import random
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import aiohttp
 
-from hostler_common import client, errors, logs
+from hostler_common import client, errors, logs, runtime
 from hostler_common import settings as common_settings
 from hostler_common.agent import AgentContext
 from hostler_common.bus import Delivery, Reject
@@ -32,7 +34,9 @@ from hostler_precache import (
     placement,
     protocol,
     shelf,
+    sites,
     swarm,
+    tls,
 )
 from hostler_precache.blobs import Blob, BlobServer
 from hostler_precache.download import Download, Received
@@ -49,7 +53,7 @@ log = logs.get(__name__)
 MIN_REPORT_SECONDS = 0.1
 MAX_REPORTED = 1000
 REPAIR_SECONDS = 600.0
-PAUSED = "paused"
+ResultT = TypeVar("ResultT")
 
 
 class _Refused(Exception):
@@ -66,6 +70,7 @@ class _Work:
 
     def __init__(self, wanted: DesiredImage) -> None:
         self.wanted = wanted
+        self.swarm_version = ""
         self.blob_id = BlobId(wanted.blob_id)
         self.state = HostState.WAITING
         self.reason: str | None = None
@@ -122,6 +127,7 @@ class _Work:
                 if blob
                 else ""
             ),
+            swarm_version=self.swarm_version,
             banned=download.banned if download else [],
         )
 
@@ -148,6 +154,7 @@ class CacheAgent:
         server: BlobServer,
         held: shelf.Shelf,
         metrics: AgentMetrics,
+        secured: tls.Tls | None = None,
     ) -> None:
         self._host = host
         self._url = url
@@ -155,6 +162,7 @@ class CacheAgent:
         self._token = token
         self._server = server
         self._shelf = held
+        self._secured = secured
         self._metrics = metrics
         self._session_id = str(uuid.uuid4())
         self._rng = random.Random()  # noqa: S311  breaks ties, guards nothing
@@ -188,14 +196,22 @@ class CacheAgent:
             self._tell_now.set()
 
     async def run(self) -> None:
-        """Keep this host as it should be, until cancelled."""
+        """Keep this host as it should be, until cancelled; another agent may do so then."""
+        try:
+            await self._run()
+        finally:
+            # in a thread: one that was left in the middle of a step has the shelf still
+            await asyncio.shield(asyncio.to_thread(self._shelf.close))
+
+    async def _run(self) -> None:
         url = self._settings.precache_url
+        context = self._secured.client if self._secured else None
         # piece maps: one endless answer from each neighbour in each swarm
         connector = aiohttp.TCPConnector(limit=0)
         async with (
             client.open_api(url, token=self._token, timeout_seconds=10.0) as api,
             aiohttp.ClientSession(connector=connector) as session,
-            connections.Connections() as wire,
+            connections.Connections(tls=context) as wire,
             asyncio.TaskGroup() as group,
         ):
             group.create_task(self._report_forever(api))
@@ -272,7 +288,6 @@ class CacheAgent:
         """The work begins, after what was left of it has ended; its totals go on."""
         before, work.ended_at = work.task, None
         work.state, work.reason = HostState.WAITING, None
-        work.download = work.blob = None
         work.resumed.clear()
         if not work.wanted.paused:
             work.resumed.set()
@@ -289,10 +304,11 @@ class CacheAgent:
         if before is not None:
             await asyncio.wait([before])  # its files are closed
         if not work.resumed.is_set():
-            work.reason = PAUSED
+            work.reason = protocol.PAUSED
             self._tell_now.set()
-            await work.resumed.wait()
+            await work.resumed.wait()  # how far it was is told all the while
             work.reason = None
+        work.download = work.blob = None
         try:
             async with AsyncExitStack() as stack:
                 async with self._slots:
@@ -345,28 +361,31 @@ class CacheAgent:
             work.state = HostState.CACHED if is_ours else HostState.EXISTING
             return found
         await asyncio.to_thread(held.make_room, work.placed, listed)
-        async with AsyncExitStack() as receiving:
-            store = await asyncio.to_thread(
+        async with AsyncExitStack() as serving:
+            store = await _whole(
                 lambda: pieces.PieceStore.open(
                     held.directory,
                     work.blob_id,
                     listed,
                     reserve_bytes=settings.reserve_bytes,
                     allocate=False,
-                )
+                ),
+                undo=pieces.PieceStore.close,
             )
-            receiving.callback(store.close)
-            blob = work.blob = self._blob(work, listed, store.fileno(), have=store.journaled)
-            self._server.serve(blob)
-            receiving.callback(self._server.withdraw, work.blob_id)
-            async with asyncio.TaskGroup() as group:
-                # beside the transfer: on some file systems it writes the whole file
-                group.create_task(_allocate(store))
-                await self._transfer(work, blob, store, transport)
-            outcome = await asyncio.to_thread(self._place, work, store, listed)
+            with contextlib.closing(store):
+                fd = _opened_anew(store)
+                serving.callback(os.close, fd)
+                blob = work.blob = self._blob(work, listed, fd, have=store.journaled)
+                self._server.serve(blob)
+                serving.callback(self._server.withdraw, work.blob_id)
+                async with asyncio.TaskGroup() as group:
+                    # beside the transfer: on some file systems it writes the whole file
+                    group.create_task(_whole(store.allocate))
+                    await self._transfer(work, blob, store, transport)
+                outcome = await _whole(lambda: self._place(work, store, listed))
             if outcome is placement.Outcome.PLACED:
                 work.state = HostState.CACHED
-                stack.push_async_exit(receiving.pop_all())
+                stack.push_async_exit(serving.pop_all())
                 return blob
         found = await self._find(work, listed, stack)
         if found is None:
@@ -376,8 +395,11 @@ class CacheAgent:
 
     async def _find(self, work: _Work, listed: Manifest, stack: AsyncExitStack) -> Blob | None:
         """The image as it is in its place, open on the stack; None where it is not."""
-        fd = await asyncio.to_thread(
-            lambda: self._shelf.find(work.placed, listed, replace=self._settings.replace_differing)
+        fd = await _whole(
+            lambda: self._shelf.find(
+                work.placed, listed, replace=self._settings.replace_differing
+            ),
+            undo=lambda found: None if found is None else os.close(found),
         )
         if fd is None:
             return None
@@ -478,8 +500,9 @@ class CacheAgent:
             return found
         blob = work.blob
         try:
-            store = await asyncio.to_thread(
-                lambda: pieces.PieceStore.reopen(path, listed, damaged=found)
+            store = await _whole(
+                lambda: pieces.PieceStore.reopen(path, listed, damaged=found),
+                undo=pieces.PieceStore.close,
             )
             try:
                 for piece in swarm.members(found & store.journaled):
@@ -572,23 +595,39 @@ class CacheAgent:
                         "limit_bytes_per_second": told.limit_bytes_per_second,
                     }
                 )
+                work.swarm_version = told.version
                 work.tell_swarm()
         if reply.look_again:
             self._look_again.set()
 
 
-async def _allocate(store: pieces.PieceStore) -> None:
-    """The room is taken; not given up before the thread is done with the file.
+async def _whole(
+    call: Callable[[], ResultT], *, undo: Callable[[ResultT], None] = lambda _: None
+) -> ResultT:
+    """What a blocking call gives, from a thread.
+
+    When cancelled, only after the thread is done with its files, and what it gave is undone.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        if running.exception() is None:
+            undo(running.result())
+        raise
+
+
+def _opened_anew(store: pieces.PieceStore) -> int:
+    """A descriptor to serve from: the store's own is locked, and a repair has to lock the file.
 
     Raises:
-        pieces.NoSpaceError: there is none any more.
+        pieces.PieceStoreError: the file cannot be opened.
     """
-    taking = asyncio.ensure_future(asyncio.to_thread(store.allocate))
     try:
-        await asyncio.shield(taking)
-    except asyncio.CancelledError:
-        await asyncio.wait([taking])
-        raise
+        return os.open(f"/proc/self/fd/{store.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise pieces.PieceStoreError(f"a partial file: {exc.strerror}") from exc
 
 
 def _free_bytes(directory: Path) -> int | None:
@@ -604,14 +643,15 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-def _own_url(context: AgentContext) -> str:
+def _own_url(context: AgentContext, settings: AgentSettings, secured: tls.Tls | None) -> str:
     own = context.process.settings
-    if not own.http_port:
+    port = settings.peer_port if secured else own.http_port
+    if not port:
         raise common_settings.SettingsError(
             "HOSTLER_PRECACHE_ADVERTISE_URL: is needed where the agent's port is a free one"
         )
     name = context.host if own.http_host in ("0.0.0.0", "::") else own.http_host  # noqa: S104  compared, not bound
-    return f"http://{f'[{name}]' if ':' in name else name}:{own.http_port}"
+    return f"{'https' if secured else 'http'}://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 async def create(context: AgentContext) -> None:
@@ -621,6 +661,9 @@ async def create(context: AgentContext) -> None:
         SettingsError: a setting is missing or wrong.
     """
     settings = context.load(AgentSettings)
+    secured = tls.load(
+        settings.peer_certificate_file, settings.peer_key_file, settings.peer_ca_file
+    )
     metrics = AgentMetrics(context.process.registry)
     agent: CacheAgent
     server = BlobServer(
@@ -630,14 +673,27 @@ async def create(context: AgentContext) -> None:
     )
     agent = CacheAgent(
         host=context.host,
-        url=settings.advertise_url or _own_url(context),
+        url=settings.advertise_url or _own_url(context, settings, secured),
         settings=settings,
         token=common_settings.read_token(settings),
         server=server,
         held=shelf.open_shelf(settings),
         metrics=metrics,
+        secured=secured,
     )
-    server.attach(context.app)
+    if secured is None:
+        server.attach(context.app)
+    else:  # probes and metrics stay in clear, on the agent's own port
+        listener = runtime.bind(context.process.settings.http_host, settings.peer_port)
+        context.spawn(
+            sites.serve(
+                server,
+                listener,
+                tls=secured.server,
+                drain_seconds=context.process.settings.drain_seconds,
+            ),
+            name="pieces",
+        )
     context.consume(
         messages.agent_queue(context.host, durable=settings.transient_quorum_queue),
         agent.on_cache,

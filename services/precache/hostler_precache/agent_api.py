@@ -101,7 +101,9 @@ async def report(
         blob_id = BlobId(blob.blob_id)
         if not blob.state.is_final:
             await tracker.heard(host, body, blob_id)
-            asked[blob.blob_id] = await tracker.swarm(host, blob_id, banned=blob.banned)
+            news = await tracker.news(host, blob_id, blob)
+            if news is not None:
+                asked[blob.blob_id] = news
             look_again |= await tracker.has_news(host, blob_id, blob)
     reply = protocol.ReportReply.model_construct(swarms=asked, look_again=look_again)
     return Response(reply.model_dump_json(), media_type="application/json")

@@ -6,7 +6,6 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
-from aiohttp import web
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.staticfiles import StaticFiles
@@ -22,6 +21,8 @@ from hostler_precache import (
     messages,
     pages,
     policies_api,
+    sites,
+    tls,
 )
 from hostler_precache.blobs import BlobServer
 from hostler_precache.distribution_store import DistributionStore
@@ -144,11 +145,17 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
 
 async def _serve_blobs(stack: AsyncExitStack, server: BlobServer, settings: Settings) -> str:
     """Start the site that sends pieces, and return where it is reached."""
-    application = web.Application()
-    server.attach(application)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=settings.drain_seconds)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
+    contexts = tls.load(
+        settings.peer_certificate_file, settings.peer_key_file, settings.peer_ca_file
+    )
     listener = runtime.bind(settings.http_host, settings.blob_port)
-    await web.SockSite(runner, listener).start()
-    return settings.seed_url or f"http://{settings.http_host}:{listener.getsockname()[1]}"
+    await stack.enter_async_context(
+        sites.serving(
+            server,
+            listener,
+            tls=contexts.server if contexts else None,
+            drain_seconds=settings.drain_seconds,
+        )
+    )
+    scheme = "https" if contexts else "http"
+    return settings.seed_url or f"{scheme}://{settings.http_host}:{listener.getsockname()[1]}"

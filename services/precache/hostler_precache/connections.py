@@ -7,11 +7,19 @@ holds two blocks, whatever the size of its pieces, and the loop does nothing for
 count it. When the disk is slower than the network, reading stops until it has caught up. Until an
 answer comes, a request holds no block: many may wait in the queues of peers.
 
+On a link that is slower than we are, bytes trickle in, packet by packet. While a body comes the kernel
+therefore wakes us only when `AWAKE_BYTES` of it are there, or its end (SO_RCVLOWAT, which epoll
+obeys; see tcp(7) and tcp_set_rcvlowat in the kernel): the mark is never more than what is still to
+come of this answer, so whatever the peer has sent of it is read, and the end of the connection wakes
+us in any case. Not with TLS: of a record that has come in part nobody knows what is still to come.
+
 Sockets keep the kernel's own sizing of receive buffers, which grows further than SO_RCVBUF may.
 """
 
 import asyncio
 import enum
+import math
+import socket
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -30,6 +38,9 @@ CONNECT_SECONDS: Final = 5.0
 STALL_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 30.0
 BLOCK_BYTES: Final = 1024 * 1024
+# half of the receive buffer that a connection begins with (net.ipv4.tcp_rmem): the mark makes none grow;
+# if the window shuts below it all the same, the kernel wakes us (tcp_epollin_ready)
+AWAKE_BYTES: Final = 64 * 1024
 KEPT_BLOCKS: Final = 8
 WRITER_THREADS: Final = 2
 # an explanation longer than this is not read to the end: the connection is closed instead
@@ -102,51 +113,53 @@ class Connections:
         """
         address = _address(url)
         request = _request(address, path, fields)
+        connection, head = await self._begin(address, request, timeout_seconds)
         try:
-            async with asyncio.timeout(timeout_seconds):
-                connection, head = await self._begin(address, request)
-                try:
-                    if head.length_bytes == 0 or head.status >= 300:
-                        await connection.skip()
-                    yield Answer(connection, head)
-                finally:
-                    if connection.is_reusable:
-                        self._idle[address].append(connection)
-                        connection.rest(IDLE_SECONDS)
-                    else:
-                        connection.abort("given up")
-        except TimeoutError as exc:
-            raise ConnectionFailed(f"not done within {timeout_seconds:g} s") from exc
+            if head.length_bytes == 0 or head.status >= 300:
+                await connection.skip()
+            yield Answer(connection, head)
+        finally:
+            if connection.is_reusable:
+                self._idle[address].append(connection)
+                connection.rest(IDLE_SECONDS)
+            else:
+                connection.abort("given up")
 
-    async def _begin(self, address: _Address, request: bytes) -> tuple["_Connection", Head]:
+    async def _begin(
+        self, address: _Address, request: bytes, timeout_seconds: float
+    ) -> tuple["_Connection", Head]:
         """A connection on which the answer has begun."""
+        limit = _Limit(
+            at=asyncio.get_running_loop().time() + timeout_seconds,
+            reason=f"not done within {timeout_seconds:g} s",
+        )
         idle = self._idle[address]
         while idle:
             connection = idle.pop()
             if not connection.is_reusable:
                 continue
             try:
-                return connection, await self._head(connection, request)
+                return connection, await self._head(connection, request, limit)
             except ConnectionLost as exc:
                 if not exc.is_silent:
                     raise
                 # closed by the peer just when we asked: asking once more is safe
                 break
-        connection = await self._connect(address)
-        return connection, await self._head(connection, request)
+        connection = await self._connect(address, min(CONNECT_SECONDS, timeout_seconds))
+        return connection, await self._head(connection, request, limit)
 
-    async def _head(self, connection: "_Connection", request: bytes) -> Head:
+    async def _head(self, connection: "_Connection", request: bytes, limit: "_Limit") -> Head:
         try:
-            return await connection.ask(request)
+            return await connection.ask(request, limit)
         except BaseException:
             connection.abort("given up")
             raise
 
-    async def _connect(self, address: _Address) -> "_Connection":
+    async def _connect(self, address: _Address, timeout_seconds: float) -> "_Connection":
         loop = asyncio.get_running_loop()
         context = (self.tls or True) if address.is_tls else None
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
+            async with asyncio.timeout(timeout_seconds):
                 _, connection = await loop.create_connection(
                     lambda: _Connection(
                         self._blocks,
@@ -186,6 +199,14 @@ class Answer:
             PieceStoreError: the disk refused.
         """
         await self._connection.land(landing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Limit:
+    """When a connection is given up, by the clock of the loop, and why."""
+
+    at: float = math.inf
+    reason: str = ""
 
 
 class _Phase(enum.Enum):
@@ -230,7 +251,11 @@ class _Connection(asyncio.BufferedProtocol):
         self._unasked = bytearray(1)
         self._waiter: asyncio.Future[Any] | None = None
         self._failure: BaseException | None = None
+        self._socket: socket.socket | None = None  # whose mark is set; none with TLS
+        self._mark_bytes = 1
+        # one timer for all that may be late; it looks again by itself, so few are made
         self._timer: asyncio.TimerHandle | None = None
+        self._limit = _Limit()
         self._moved_at = 0.0
         self._is_paused = False
         self._head: Head | None = None
@@ -253,17 +278,16 @@ class _Connection(asyncio.BufferedProtocol):
             and (self._head is None or self._head.keeps_alive)
         )
 
-    async def ask(self, request: bytes) -> Head:
-        """Send a request and read the head of its answer."""
-        if self._timer is not None:
-            self._timer.cancel()
+    async def ask(self, request: bytes, limit: _Limit) -> Head:
+        """Send a request and read the head of its answer; all of which is to come by the limit."""
         assert self._phase is _Phase.IDLE, "one request at a time"
         if self._transport is None:
             raise ConnectionLost("closed", is_silent=True)
         self._phase = _Phase.HEAD
         self._filled = 0
         self._moved_at = self._loop.time()
-        self._timer = self._loop.call_later(STALL_SECONDS, self._check_progress)
+        self._limit = limit
+        self._watch()
         waiter: asyncio.Future[Head] = self._loop.create_future()
         self._waiter = waiter
         self._transport.write(request)
@@ -284,7 +308,8 @@ class _Connection(asyncio.BufferedProtocol):
 
     def rest(self, seconds: float) -> None:
         """Close it unless it is used again by then."""
-        self._timer = self._loop.call_later(seconds, self.abort, "idle")
+        self._limit = _Limit(at=self._loop.time() + seconds, reason="idle")
+        self._watch()
 
     def abort(self, reason: str) -> None:
         """Close it now; whoever waits is told why."""
@@ -302,6 +327,8 @@ class _Connection(asyncio.BufferedProtocol):
         """Connected."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if transport.get_extra_info("sslcontext") is None:
+            self._socket = transport.get_extra_info("socket")
 
     def get_buffer(self, sizehint: int) -> bytearray | memoryview:
         """Where the next bytes go."""
@@ -319,6 +346,7 @@ class _Connection(asyncio.BufferedProtocol):
         if self._phase is _Phase.BODY and nbytes <= self._left:
             self._filled += nbytes
             self._left -= nbytes
+            self._set_mark(min(AWAKE_BYTES, self._left))
             self._advance()
         elif self._phase is _Phase.HEAD:
             self._filled += nbytes
@@ -331,7 +359,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is no more."""
-        self._transport = None
+        self._transport = self._socket = None
         if not self._has_all:
             is_silent = self._phase is _Phase.HEAD and self._filled == 0
             reason = f"connection lost: {exc}" if exc else "the peer closed the connection"
@@ -367,6 +395,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._block[: len(body)] = body
         self._head = head
         self._phase = _Phase.BODY
+        self._set_mark(min(AWAKE_BYTES, self._left))
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             self._waiter = None
@@ -416,8 +445,6 @@ class _Connection(asyncio.BufferedProtocol):
         self._phase = _Phase.IDLE
         self._landing = None
         self._drop_block()
-        if self._timer is not None:
-            self._timer.cancel()
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -454,14 +481,48 @@ class _Connection(asyncio.BufferedProtocol):
             self._moved_at = self._loop.time()
             self._transport.resume_reading()
 
-    def _check_progress(self) -> None:
-        """Give the peer up if it is silent; that we wait for the disk is no silence of it."""
-        waits = self._is_paused or self._has_all
-        silent = 0.0 if waits else self._loop.time() - self._moved_at
-        if silent >= STALL_SECONDS:
-            self._fail(ConnectionFailed(f"nothing came for {STALL_SECONDS:g} s"))
-        else:
-            self._timer = self._loop.call_later(STALL_SECONDS - silent, self._check_progress)
+    def _set_mark(self, count: int) -> None:
+        """Wake us when that many bytes are there, which must still be to come; for 0, when any is."""
+        count = max(1, count)
+        if count != self._mark_bytes and self._socket is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self._mark_bytes = count
+
+    def _watch(self) -> None:
+        """See to it that `_look` is called when something may be late, or before."""
+        due = self._limit.at
+        if self._phase is not _Phase.IDLE:
+            half_time = self._moved_at + STALL_SECONDS / 2
+            is_later = self._loop.time() >= half_time
+            due = min(due, self._moved_at + STALL_SECONDS if is_later else half_time)
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._look)
+
+    def _look(self) -> None:
+        """Give the peer up if it is late or silent; that we wait for the disk is no silence of it.
+
+        At half-time the mark falls: bytes that wait below it are read, and it rises again. So a peer
+        that is slow is not given up, and one that is silent within twice `STALL_SECONDS`.
+        """
+        self._timer = None
+        now = self._loop.time()
+        if now >= self._limit.at:
+            self._fail(ConnectionFailed(self._limit.reason))
+            return
+        if self._phase is not _Phase.IDLE:
+            if self._is_paused or self._has_all:
+                self._moved_at = now
+            silent = now - self._moved_at
+            if self._mark_bytes > 1 and silent >= STALL_SECONDS / 2:
+                self._set_mark(1)
+                self._moved_at = now - STALL_SECONDS / 2  # the other half begins, if nothing waits
+            elif silent >= STALL_SECONDS:
+                self._fail(ConnectionFailed(f"nothing came for {STALL_SECONDS:g} s"))
+                return
+        self._watch()
 
 
 @lru_cache(maxsize=1024)
@@ -488,6 +549,7 @@ def _request(address: _Address, path: str, fields: dict[str, str]) -> bytes:
         f"Host: {address.authority}",
         *(f"{name}: {value}" for name, value in fields.items()),
     ]
-    if not all(line.isascii() and line.isprintable() for line in lines):
+    said = "".join(lines)
+    if not (said.isascii() and said.isprintable()):
         raise ConnectionFailed("a request that cannot be written")
     return "\r\n".join([*lines, "", ""]).encode("ascii")

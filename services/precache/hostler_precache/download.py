@@ -232,8 +232,10 @@ class Download:
                     await asyncio.to_thread(self._store.write, request.piece, data)
                 self._arrived(request, len(data))
         except PeerBusyError as exc:
+            self._nothing_sent()
             self._receiver.busy(request, exc.retry_after_seconds, self._clock())
         except PieceMissingError as exc:
+            self._nothing_sent()
             if request.piece is not None and not source.is_seed:
                 self._receiver.lacking(request)
             else:
@@ -254,6 +256,7 @@ class Download:
             return await self._client.fetch(url, request.piece, timeout_seconds=timeout)
         answer = await self._client.fetch_next(url, timeout_seconds=timeout)
         if answer is None:
+            self._nothing_sent()
             self._receiver.injected(source, self._clock())
             return None
         piece, data = answer
@@ -261,6 +264,11 @@ class Download:
             self._count("wasted", len(data))
             return None
         return data
+
+    def _nothing_sent(self) -> None:
+        """The request does not count for the limit."""
+        if self._pace is not None:
+            self._pace.give_back(self._blob.manifest.piece_bytes)
 
     def _arrived(self, request: Request, length: int) -> None:
         source, piece = request.source, request.piece

@@ -112,6 +112,9 @@ class BlobReport(_Wire):
     sent_bytes: dict[BlobIdText, Count] = Field(
         default={}, description="sent of this blob, by the distribution it was sent for"
     )
+    swarm_version: Annotated[str, Field(max_length=100)] = Field(
+        "", description="of the swarm that the host goes by: it is not told again what it knows"
+    )
     coverage: Coverage = Field(
         "", description="a digit a 64th of the image: how many sixteenths of it are verified"
     )
@@ -137,10 +140,11 @@ class Swarm(_Wire):
     seeds: list[Url]
     neighbours: list[Neighbour]
     limit_bytes_per_second: Count | None = None
+    version: str = Field("", description="changes whenever anything of it may have changed")
 
 
 class ReportReply(_Wire):
-    """The swarms of the blobs that the host is still getting."""
+    """The swarms of the blobs that the host is still getting, as far as it does not know them."""
 
     swarms: dict[str, Swarm]
     look_again: bool = Field(False, description="what the host should have has changed: ask now")

@@ -15,22 +15,20 @@ MAX_HEAD_BYTES: Final = 16 * 1024
 MAX_FIELDS: Final = 64
 END: Final = b"\r\n\r\n"
 
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
-_FIELD: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
+# each character is looked at once: what was taken is not given back
+_STATUS_LINE: Final = re.compile(
+    rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*+)?(?=\r\n|\Z)"
+)
+_FIELDS: Final = re.compile(rb"(?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+)*+")
+# what changes how the body or the connection is read, and so may be said once
+_READ: Final = re.compile(
+    rb"\r\n(connection|content-encoding|content-length|content-range|retry-after"
+    rb"|transfer-encoding):([^\r]*+)",
+    re.IGNORECASE,
+)
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
 _RANGE: Final = re.compile(rb"bytes ([0-9]{1,15})-([0-9]{1,15})/(\*|[0-9]{1,15})")
 _SECONDS: Final = re.compile(rb"[0-9]{1,6}")
-# what changes how the body or the connection is read, and so may be said once
-_READ: Final = frozenset(
-    {
-        b"connection",
-        b"content-encoding",
-        b"content-length",
-        b"content-range",
-        b"retry-after",
-        b"transfer-encoding",
-    }
-)
 
 
 class HeadError(ValueError):
@@ -58,22 +56,19 @@ def parse(head: bytes) -> Head:
     Raises:
         HeadError: it is no head of an answer as `blobs` gives them.
     """
-    line, *lines = head.split(b"\r\n")
-    status = _STATUS_LINE.fullmatch(line)
+    status = _STATUS_LINE.match(head)
     if status is None:
         raise HeadError("not a final answer of HTTP/1.1")
-    if len(lines) > MAX_FIELDS:
+    if head.count(b"\r\n") > MAX_FIELDS:
         raise HeadError("too many header fields")
+    if _FIELDS.fullmatch(head, status.end()) is None:
+        raise HeadError("a malformed header field")
     fields: dict[bytes, bytes] = {}
-    for text in lines:
-        field = _FIELD.fullmatch(text)
-        if field is None:
-            raise HeadError("a malformed header field")
-        name = field[1].lower()
-        if name in _READ:
-            if name in fields:
-                raise HeadError(f"{name.decode()} twice")
-            fields[name] = field[2].strip(b" \t")
+    for name, value in _READ.findall(head, status.end()):
+        known = name.lower()
+        if known in fields:
+            raise HeadError(f"{known.decode()} twice")
+        fields[known] = value.strip(b" \t")
     if b"transfer-encoding" in fields:
         raise HeadError("Transfer-Encoding")
     if fields.get(b"content-encoding", b"identity").lower() != b"identity":

@@ -180,6 +180,9 @@ class AgentSettings(settings.ProcessSettings):
     )
     peer_key_file: Path | None = Field(None, description="the certificate's private key")
     peer_ca_file: Path | None = Field(None, description="who signs the certificates of peers")
+    peer_port: int = Field(
+        8312, ge=0, le=65535, description="port that serves pieces over TLS, if they do"
+    )
     desired_seconds: float = Field(120.0, gt=0, description="how often the desired state is asked")
     report_seconds: float = Field(2.0, gt=0, description="how often progress is told")
     retry_seconds: float = Field(60.0, gt=0, description="when a failed image is tried again")

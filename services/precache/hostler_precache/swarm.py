@@ -547,6 +547,11 @@ class Pace:
         free_at = now if self._free_at is None else max(self._free_at, now - 1.0)
         self._free_at = free_at + count / max(1, self.bytes_per_second)
 
+    def give_back(self, count: int) -> None:
+        """So many of them were refused: they may be asked for elsewhere at once."""
+        if self._free_at is not None:
+            self._free_at -= count / max(1, self.bytes_per_second)
+
 
 def neighbours(
     host: str,

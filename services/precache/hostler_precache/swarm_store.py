@@ -6,6 +6,7 @@ Reports are totals of one session, so storing one twice changes nothing.
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 import asyncpg
@@ -24,6 +25,8 @@ from hostler_precache.distributions import (
 from hostler_precache.manifest import BlobId
 from hostler_precache.store import MAX_BIGINT, blob_record
 
+# thousands of rows are taken in parts, so that reports are answered in between
+MEMBERS_AT_ONCE: Final = 200
 _FINAL = [state.value for state in protocol.HostState if state.is_final]
 
 
@@ -364,7 +367,7 @@ class SwarmStore:
 
     async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
         """Who has the blob or is told to get it, of those heard of lately, and under which limits."""
-        async with db.connection(self._pool) as connection:
+        async with db.transaction(self._pool) as connection:
             seed_url = await connection.fetchval(
                 "SELECT seed_url FROM blob WHERE blob_id = $1 AND state = 'ready'", UUID(blob_id)
             )
@@ -374,7 +377,7 @@ class SwarmStore:
                 " WHERE blob_id = $1 AND state IN ('distributing', 'done')",
                 UUID(blob_id),
             )
-            rows = await connection.fetch(
+            rows = connection.cursor(
                 "SELECT host.host, host.url, host.labels->>'rack' AS rack,"
                 "   bool_or(h.state IN ('waiting', 'transferring')) AS is_moving,"
                 "   array_agg(d.distribution_id) AS distribution_ids"
@@ -387,7 +390,18 @@ class SwarmStore:
                 " GROUP BY host.host",
                 UUID(blob_id),
                 within_seconds,
+                prefetch=MEMBERS_AT_ONCE,
             )
+            members = [
+                Member(
+                    host=row["host"],
+                    url=row["url"],
+                    rack=row["rack"],
+                    is_moving=row["is_moving"],
+                    distribution_ids=row["distribution_ids"],
+                )
+                async for row in rows
+            ]
         return SwarmRecord(
             seeds=[seed_url] if seed_url else [],
             rules={
@@ -398,14 +412,5 @@ class SwarmStore:
                 )
                 for row in rules
             },
-            members=[
-                Member(
-                    host=row["host"],
-                    url=row["url"],
-                    rack=row["rack"],
-                    is_moving=row["is_moving"],
-                    distribution_ids=[DistributionId(one) for one in row["distribution_ids"]],
-                )
-                for row in rows
-            ],
+            members=members,
         )

@@ -4,6 +4,7 @@ The tracker is off the data path. A swarm goes on without it; it cannot grow.
 """
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -24,6 +25,7 @@ from hostler_precache.swarm_store import SwarmStore
 
 IDLE_SECONDS: Final = 10.0
 MOVING_SECONDS: Final = 1.0
+MEMBERS_READ_PER_SECOND: Final = 1000
 
 
 def grant(blob: BlobRecord, distribution_id: DistributionId, *, token_seconds: int) -> str:
@@ -110,20 +112,29 @@ class _Swarm:
     def __init__(self, blob_id: BlobId) -> None:
         self._graph = graph.Graph(blob_id)
         self._urls: dict[str, str] = {}
+        self._racks: dict[str, str | None] = {}
         self._rules: dict[str, list[DistributionId]] = {}
         self._moving: Counter[DistributionId] = Counter()
         self.record: SwarmRecord | None = None
         self.lock = asyncio.Lock()
         self.asked_at = self.read_at = 0.0
+        # of this process: another replica counts its own
+        self._name = secrets.token_hex(4)
+        self._changes = 0
 
     def take(self, record: SwarmRecord) -> None:
         """The swarm is as the record says."""
         urls = {member.host: member.url for member in record.members}
+        racks = {member.host: member.rack for member in record.members}
+        if urls != self._urls or racks != self._racks or self.record is None:
+            self._changes += 1
+        if self.record is not None and record.seeds != self.record.seeds:
+            self._changes += 1
         for host in self._urls.keys() - urls.keys():
             self._graph.remove(host)
         for member in record.members:
             self._graph.add(member.host, member.rack)
-        self._urls = urls
+        self._urls, self._racks = urls, racks
         self._rules = {one.host: list(one.distribution_ids) for one in record.members}
         self._moving = Counter(
             rule for one in record.members if one.is_moving for rule in one.distribution_ids
@@ -136,10 +147,20 @@ class _Swarm:
         """Whether some host is still getting it."""
         return bool(self._moving)
 
+    @property
+    def lasts_seconds(self) -> float:
+        """How long it is good for: reading thousands of members costs their reports' time."""
+        if not self.is_moving:
+            return IDLE_SECONDS
+        return len(self._urls) / MEMBERS_READ_PER_SECOND
+
     def add(self, host: str, url: str, rack: str | None) -> None:
         """A host has joined since the record was read."""
+        if self._urls.get(host) == url and self._racks.get(host) == rack:
+            return
         self._graph.add(host, rack)
-        self._urls[host] = url
+        self._urls[host], self._racks[host] = url, rack
+        self._changes += 1
 
     def neighbours(self, host: str, *, banned: Collection[str]) -> list[protocol.Neighbour]:
         """Whom a host is to ask; nobody, while it is not known itself."""
@@ -154,6 +175,10 @@ class _Swarm:
             for other in self._graph.neighbours(host)
             if other not in banned
         ]
+
+    def version(self, limit_bytes_per_second: int | None, banned: Collection[str]) -> str:
+        """Of what a host with that limit, and with those peers banned, is told."""
+        return f"{self._name}.{self._changes}.{limit_bytes_per_second}.{len(banned)}"
 
     def is_halted(self, host: str) -> bool | None:
         """Whether no distribution lets the host fetch the blob now; None where none wants it there."""
@@ -205,11 +230,23 @@ class Tracker:
         """Whom a host is to ask for a blob, and how fast."""
         known = await self._known(blob_id)
         assert known.record is not None
+        limit = known.limit_bytes_per_second(host)
         return protocol.Swarm.model_construct(
             seeds=list(known.record.seeds),
             neighbours=known.neighbours(host, banned=banned),
-            limit_bytes_per_second=known.limit_bytes_per_second(host),
+            limit_bytes_per_second=limit,
+            version=known.version(limit, banned),
         )
+
+    async def news(
+        self, host: str, blob_id: BlobId, told: protocol.BlobReport
+    ) -> protocol.Swarm | None:
+        """The swarm, or None where the host goes by it already."""
+        known = await self._known(blob_id)
+        limit = known.limit_bytes_per_second(host)
+        if told.swarm_version == known.version(limit, told.banned):
+            return None
+        return await self.swarm(host, blob_id, banned=told.banned)
 
     async def has_news(self, host: str, blob_id: BlobId, told: protocol.BlobReport) -> bool:
         """Whether the host goes by what is no longer so: that it may fetch the blob, or that it may not."""
@@ -239,7 +276,7 @@ class Tracker:
             # an agent may name any blob: only those are kept that some distribution is of
             is_ours = known.record is None or bool(known.record.rules)
             is_wanted = is_ours and now - known.asked_at <= self._member_seconds
-            if is_wanted and (known.is_moving or now - known.read_at > IDLE_SECONDS):
+            if is_wanted and now - known.read_at > known.lasts_seconds:
                 known.take(await self._read(blob_id))
             # while they were read it may have been forgotten, and asked about again
             if not is_wanted and self._swarms.get(blob_id) is known:

@@ -1,7 +1,6 @@
 """The composition root of usage, and nothing else."""
 
 import asyncio
-import gc
 import time
 import uuid
 from collections.abc import Mapping
@@ -265,9 +264,4 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
                 registry=process.registry,
             )
         )
-        # a batch is thousands of objects that live for its time: without this, a third of ingest is looking through
-        # everything that was ever loaded for cycles that are not there
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
         await process.run()

@@ -134,7 +134,25 @@ class Constant:
     value: str | int | None
 
 
-Source = Path | First | LastSegment | Sum | Count | Join | Present | Item | Constant
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A whole number: `fixed`, and `each` for every unit of what is at `of`; `most` at most."""
+
+    fixed: int = 0
+    each: int = 0
+    of: Path | None = None
+    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ByValue:
+    """What an operator's table says of the value at a path; nothing of a value that is not in it."""
+
+    source: Path
+    table: Table[str, Rate]
+
+
+Source = Path | First | LastSegment | Sum | Count | Join | Present | Item | Constant | ByValue
 
 
 # --- resources

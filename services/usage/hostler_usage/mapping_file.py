@@ -6,10 +6,17 @@ from collections.abc import Mapping as Table
 from functools import cache
 from importlib import resources
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from hostler_common import errors
 from hostler_usage import mapping
@@ -73,7 +80,25 @@ class _Constant(_Model):
     constant: str | int | None
 
 
-_One = PathText | _Sum | _Count | _LastSegment | _Join | _Present | _Item | _Constant
+class _Rate(_Model):
+    fixed: int = Field(0, ge=0)
+    each: int = Field(0, ge=0)
+    of: PathText | None = None
+    most: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _each_is_of_something(self) -> Self:
+        if bool(self.each) != (self.of is not None):
+            raise ValueError("each and of are said together")
+        return self
+
+
+class _ByValue(_Model):
+    by: PathText
+    table: Annotated[dict[str, _Rate], Field(min_length=1)]
+
+
+_One = PathText | _Sum | _Count | _LastSegment | _Join | _Present | _Item | _Constant | _ByValue
 _Sources = Annotated[list[_One], BeforeValidator(_listed), Field(min_length=1)]
 
 
@@ -287,6 +312,14 @@ def _single(given: object) -> mapping.Source:
             return mapping.Item(_path(given.item[0]), given.item[1])
         case _Constant():
             return mapping.Constant(given.constant)
+        case _ByValue():
+            return mapping.ByValue(
+                _path(given.by),
+                {
+                    value: mapping.Rate(rate.fixed, rate.each, _maybe(rate.of), rate.most)
+                    for value, rate in given.table.items()
+                },
+            )
     raise AssertionError(f"no such source: {given!r}")
 
 

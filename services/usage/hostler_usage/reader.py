@@ -347,6 +347,28 @@ def _value(source: mapping.Source) -> _Get:
             return _item(_at(source.source), source.key)
         case mapping.Constant():
             return lambda row, root: source.value
+        case mapping.ByValue():
+            return _by_value(source)
+
+
+def _by_value(source: mapping.ByValue) -> _Get:
+    getter = _at(source.source)
+    sizes = {path: _at(path) for rate in source.table.values() if (path := rate.of) is not None}
+
+    def get(row: _Object, root: _Object) -> object:
+        value = getter(row, root)
+        rate = source.table.get(value) if isinstance(value, str) else None
+        if rate is None:
+            return None
+        total = rate.fixed
+        if rate.of is not None:
+            size = _whole(sizes[rate.of](row, root))
+            if size is None:
+                return None  # how much it is cannot be told
+            total += rate.each * size
+        return total if rate.most is None else min(total, rate.most)
+
+    return get
 
 
 def _said(source: mapping.Source) -> Callable[[_Object, _Object], bool]:
@@ -354,7 +376,13 @@ def _said(source: mapping.Source) -> Callable[[_Object, _Object], bool]:
     match source:
         case mapping.Path():
             return _has(source)
-        case mapping.LastSegment() | mapping.Count() | mapping.Join() | mapping.Item():
+        case (
+            mapping.LastSegment()
+            | mapping.Count()
+            | mapping.Join()
+            | mapping.Item()
+            | mapping.ByValue()
+        ):
             return _has(source.source)
         case mapping.First():
             all_of = tuple(_said(item) for item in source.sources)

@@ -33,6 +33,7 @@ REWRITING: Final = "usage.rewriting"
 
 MAX_BATCH_BYTES: Final = 32 * 1024 * 1024
 _DAY: Final = timedelta(days=1)
+_ROWS_AT_ONCE: Final = 1000
 _ANY_SIZE: Final = 1 << 30  # what was stored was within the bounds of its time
 _KEY: Final = "event_time, message_id, body_sha256"
 _SAME: Final = "region, resource_type, resource_id"
@@ -302,20 +303,22 @@ class RebuildStore:
         start, end = midnight(day), midnight(day + _DAY)
         by_type = self.mapping.measures_by_type
         found: Counter[Cell] = Counter()
-        async for row in connection.cursor(
+        held = await connection.cursor(
             "SELECT region, resource_type, project_id, greatest(starts_at, $1), ends_at, attributes"
             " FROM usage_interval WHERE starts_at < $2 AND (ends_at IS NULL OR ends_at > $1)",
             start,
             end,
-        ):
-            found.update(sums([HeldFact(*row)], by_type, day + _DAY))
-        async for row in connection.cursor(
+        )
+        while rows := await held.fetch(_ROWS_AT_ONCE):
+            found.update(sums((HeldFact(*row) for row in rows), by_type, day + _DAY))
+        moved = await connection.cursor(
             "SELECT region, resource_type, project_id, counter, at, amount::bigint"
             " FROM usage_amount WHERE at >= $1 AND at < $2",
             start,
             end,
-        ):
-            found.update(sums([MovedFact(*row)], by_type, day + _DAY))
+        )
+        while rows := await moved.fetch(_ROWS_AT_ONCE):
+            found.update(sums((MovedFact(*row) for row in rows), by_type, day + _DAY))
         return found
 
     async def last_mark(self) -> int:

@@ -1,8 +1,9 @@
 """The rows of some resources in one table are exactly these: what differs is written, the rest not touched."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import orjson
 
 from hostler_common import db
 from hostler_usage.statement import ResourceKey, ResourceType
@@ -91,7 +92,7 @@ class RowSet:
         is_json = [kind == "jsonb" for _, kind in self.columns]
         texts = [
             [
-                json.dumps(value) if is_text else value
+                orjson.dumps(value).decode() if is_text else value
                 for value, is_text in zip(row, is_json, strict=True)
             ]
             for row in rows

@@ -17,6 +17,7 @@ comes of it: tests hold it against the ledger of everything.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from hostler_usage.audits import Code, audit_statement
@@ -33,6 +34,8 @@ _LATE: Final = timedelta(hours=6)
 _BEYOND: Final = timedelta(hours=12)
 # more than audits and clocks are ever behind: what takes effect later touches nothing before the line
 _MARGIN: Final = timedelta(hours=1)
+# an audit of a period before the line is compared with what held when it was sent: in the margin
+_SENT_WITHIN: Final = timedelta(minutes=50)
 _SAME_MOMENT: Final = timedelta(seconds=1)
 # fewer statements than these are not worth a row of their own
 LEAST_READ: Final = 48
@@ -80,7 +83,7 @@ class Settled:
         return True
 
     def is_past_kept(self, before: Sequence[Span], after: Sequence[Span]) -> bool:
-        """Whether two histories are the same before the line; both may end differently after it.
+        """Whether two histories are the same before the line and its margin; they may end differently after it.
 
         They may not if an audit named an end already: it was compared with that of the history.
         """
@@ -92,7 +95,8 @@ class Settled:
             item.end for item in after[-1:]
         ]:
             return False
-        return _until(before, self.rows_from) == _until(after, self.rows_from)
+        line = self.rows_from + _MARGIN
+        return _until(before, line) == _until(after, line)
 
 
 def settle(said: Sequence[Said], ledger: Ledger) -> Settled | None:
@@ -106,7 +110,11 @@ def settle(said: Sequence[Said], ledger: Ledger) -> Settled | None:
     line = midnight((ordered[-1][1].event_time - _BEYOND).date())
     said_from = line + _LATE
     before = [item for item in ordered if item[1].event_time < said_from]
-    is_old = bool(ledger.intervals) and ledger.intervals[0].start < line
+    # what moved before anybody is known to own it is the first owner's (amounts.py)
+    is_old = any(
+        item.start < line and isinstance(item.attributes.get("project"), str)
+        for item in ledger.intervals
+    )
     if any(item.code is Code.RELAUNCH_REPAIRED for item in ledger.reconciliation.verdicts):
         return None  # what was said after it is compared with whichever statement repaired it
     if not is_old or any(_reaches_beyond(item, line) for item in before):
@@ -133,13 +141,14 @@ def _reaches_beyond(item: Said, line: datetime) -> bool:
     if statement.period is None:
         return False
     start, end = statement.period
-    return start < line < end or sent_at < line <= start
+    is_of_both = start < line and (line < end or sent_at > line + _SENT_WITHIN)
+    return is_of_both or sent_at < line <= start
 
 
 def _spared(said: Sequence[Said], line: datetime) -> set[Said]:
     """Those that nothing from the line on depends on."""
     telling = set(without_repetitions(said))
-    needed = _last_readings(said, line) | _last_audits(said, line)
+    needed = _first_and_last_readings(said, line) | _last_audits(said, line)
     return {
         item
         for item in said
@@ -152,19 +161,21 @@ def _spared(said: Sequence[Said], line: datetime) -> set[Said]:
     }
 
 
-def _last_readings(said: Iterable[Said], line: datetime) -> set[Said]:
-    """Those that the next readings of growing counters are compared with."""
-    last: dict[tuple[str, str, str], tuple[tuple[object, ...], Said]] = {}
+def _first_and_last_readings(said: Iterable[Said], line: datetime) -> set[Said]:
+    """Those that order the runs of growing counters, and that their next readings are compared with."""
+    runs: dict[tuple[str, str, str], list[tuple[tuple[object, ...], Said]]] = {}
     for item in said:
         statement, evidence = item
         at = statement.at or evidence.event_time
         for reading in statement.readings:
             if reading.reading is Reading.CUMULATIVE and at < line:
-                series = (reading.name, reading.label, reading.run)
-                order = (at, reading.value, *evidence)
-                if series not in last or last[series][0] < order:
-                    last[series] = (order, item)
-    return {item for _, item in last.values()}
+                told = ((at, reading.value, *evidence), item)
+                ends = runs.setdefault((reading.name, reading.label, reading.run), [told, told])
+                ends[:] = (
+                    min(ends[0], told, key=itemgetter(0)),
+                    max(ends[1], told, key=itemgetter(0)),
+                )
+    return {item for ends in runs.values() for _, item in ends}
 
 
 def _last_audits(said: Iterable[Said], line: datetime) -> set[Said]:

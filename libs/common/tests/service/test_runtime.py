@@ -207,8 +207,10 @@ async def test_a_database_that_lacks_migrations_is_refused_with_the_command_to_r
     await handled.execute("DROP SCHEMA example CASCADE")
     process = programs.example("serve", **environment)
     assert await process.ended() == 1
+    lacking = len(db.migrations_of("hostler_example"))
     assert process.err == (
-        "hostler-example: the database lacks 2 migrations: run 'hostler-example migrate' first\n"
+        f"hostler-example: the database lacks {lacking} migrations:"
+        " run 'hostler-example migrate' first\n"
     )
 
 

@@ -306,7 +306,8 @@ async def test_a_policy_distributes_what_its_lister_names_once(
 
         async def ran_twice() -> Any:
             shown = await service.api.get(f"/v1/policies/{made['policy_id']}")
-            return shown if shown["last_detail"] == "2 images, 0 new" else None
+            said = "2 images, 0 new, 0 moved or withdrawn"
+            return shown if shown["last_detail"] == said else None
 
         shown = await testing.eventually(ran_twice)
         assert shown["last_outcome"] == "ok"
@@ -475,7 +476,7 @@ async def test_an_image_that_cannot_be_kept_is_the_policys_outcome(precache: Any
         )
         ran = await policy_ran(service.api, policy["policy_id"])
         assert ran["last_outcome"] == "partial"
-        assert ran["last_detail"].startswith("2 images, 1 new; huge: ")
+        assert ran["last_detail"].startswith("2 images, 1 new, 0 moved or withdrawn; huge: ")
 
 
 async def policy_ran(api: Any, policy_id: str) -> dict[str, Any]:

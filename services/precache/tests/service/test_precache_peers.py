@@ -2,10 +2,14 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import hashlib
 import os
 import random
+import socket
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,12 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import test_utils, web
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hostler_common import testing
 from hostler_precache import connections, manifest, pieces
-from hostler_precache.connections import Connections
+from hostler_precache.connections import STALL_SECONDS, Connections
 from hostler_precache.manifest import BlobId
 from hostler_precache.peers import HttpPeerClient, PeerBusyError, PeerError, PieceMissingError
 from hostler_precache.swarm import News
@@ -329,6 +335,166 @@ async def test_a_peer_that_sends_a_head_byte_by_byte_is_given_up_in_time(
     async with asking(tmp_path) as (client, _):
         with pytest.raises(PeerError, match="not done within"):
             await client.fetch(peer.url, 0, timeout_seconds=0.3)
+
+
+# --- the mark below which bytes wait in the kernel
+
+
+@contextlib.contextmanager
+def marks_set() -> Iterator[list[tuple[int, int]]]:
+    """Each mark as it is set, with the bytes that were still to come then."""
+    seen: list[tuple[int, int]] = []
+    real = connections._Connection._set_mark
+
+    def remembered(connection: Any, count: int) -> None:
+        real(connection, count)
+        if connection._socket is not None:
+            mark = connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+            seen.append((mark, connection._left))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections._Connection, "_set_mark", remembered)
+        yield seen
+
+
+@pytest.mark.parametrize(
+    "last", [0, 1, 2, 1447, 65_535, 65_536, 65_537, 131_073, PIECE - 1, PIECE, PIECE + 50]
+)
+async def test_however_the_bytes_are_divided_the_last_ones_are_read_at_once(
+    peer: Peer, tmp_path: Path, last: int
+) -> None:
+    """The peer holds back the last bytes until what it sent before was surely taken."""
+    whole = good(0)
+    split = len(whole) - last
+
+    async def act(writer: asyncio.StreamWriter) -> None:
+        writer.write(whole[:split])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(whole[split:])
+
+    peer.act, peer.answers = act, [b""]
+    with marks_set() as seen:
+        async with asking(tmp_path) as (client, store):
+            for _ in range(2):  # again, over the same connection
+                # far below the time after which a silent peer is looked at again
+                data = await client.fetch(peer.url, 0, timeout_seconds=STALL_SECONDS / 4)
+                store.write(0, data)
+    assert peer.connections == 1
+    # what is waited for is still to come; before the next head it is any byte
+    assert all(mark <= max(1, left) for mark, left in seen)
+    assert seen[-1] == (1, 0)
+    assert max(mark for mark, _ in seen) > 1 or last == PIECE + 50
+
+
+@given(cuts=st.lists(st.integers(0, PIECE + 200), max_size=6), refusal=st.integers(0, 70_000))
+@settings(max_examples=25, deadline=None)
+async def test_no_division_of_answers_into_packets_lets_a_transfer_hang(
+    cuts: list[int], refusal: int
+) -> None:
+    body = head("HTTP/1.1 429 x", f"Content-Length: {refusal}") + bytes(refusal)
+    made = Peer()
+    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    answers: list[bytes] = []
+
+    async def act(writer: asyncio.StreamWriter) -> None:
+        whole = answers.pop(0)
+        at = 0
+        for stop in [*sorted(cut for cut in cuts if cut < len(whole)), len(whole)]:
+            writer.write(whole[at:stop])
+            await writer.drain()
+            await asyncio.sleep(0.002)
+            at = stop
+
+    made.act, made.answers = act, [b""]
+    with tempfile.TemporaryDirectory() as directory:
+        async with asking(Path(directory)) as (client, store):
+            answers[:] = [good(3), body, good(4), body, good(1)]
+            for number in (3, None, 4, None, 1):
+                if number is None:
+                    with pytest.raises(PeerBusyError):
+                        await client.fetch(made.url, 3, timeout_seconds=STALL_SECONDS / 4)
+                    continue
+                data = await client.fetch(made.url, number, timeout_seconds=STALL_SECONDS / 4)
+                store.write(number, data)
+    server.close()
+
+
+async def test_pieces_of_one_byte_come_over_one_connection(tmp_path: Path, peer: Peer) -> None:
+    data = b"hostler"
+    digests = b"".join(hashlib.sha256(data[at : at + 1]).digest() for at in range(len(data)))
+    listed = dataclasses.replace(
+        LISTED, size_bytes=len(data), piece_bytes=1, digests=digests, zero_pieces=0
+    )
+    store = pieces.PieceStore.open(tmp_path, BLOB, listed)
+    async with aiohttp.ClientSession() as session, Connections() as made:
+        client = HttpPeerClient(
+            session, made, store=store, blob_id=BLOB, token=lambda: "t", host="h"
+        )
+        for at in range(len(data)):
+            said = head(
+                "HTTP/1.1 206 x",
+                f"Content-Range: bytes {at}-{at}/{len(data)}",
+                "Content-Length: 1",
+            )
+
+            async def act(writer: asyncio.StreamWriter, said: bytes = said) -> None:
+                writer.write(said)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+
+            peer.act, peer.answers = act, [data[at : at + 1]]
+            fetched = await client.fetch(peer.url, at, timeout_seconds=STALL_SECONDS / 4)
+            store.write(at, fetched)
+    assert os.pread(store.fileno(), 99, 0) == data
+    assert peer.connections == 1
+    store.close()
+
+
+async def test_a_peer_so_slow_that_the_mark_is_never_reached_is_not_a_silent_one(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "STALL_SECONDS", 0.4)
+
+    async def act(writer: asyncio.StreamWriter) -> None:
+        whole = good(0)
+        at = len(whole) - 60_000
+        writer.write(whole[:at])
+        for start in range(at, len(whole), 2000):  # for longer than the peer may be silent
+            await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.write(whole[start : start + 2000])
+
+    peer.act, peer.answers = act, [b""]
+    async with asking(tmp_path) as (client, store):
+        store.write(0, await client.fetch(peer.url, 0, timeout_seconds=30))
+
+
+async def test_bytes_that_trickle_in_wake_the_receiver_seldom(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[int] = []
+    real = connections._Connection.buffer_updated
+
+    def counted(connection: Any, nbytes: int) -> None:
+        woken.append(nbytes)
+        real(connection, nbytes)
+
+    monkeypatch.setattr(connections._Connection, "buffer_updated", counted)
+
+    async def trickle(writer: asyncio.StreamWriter) -> None:
+        whole = good(0)
+        for at in range(0, len(whole), 8192):
+            writer.write(whole[at : at + 8192])
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    peer.act, peer.answers = trickle, [b""]
+    async with asking(tmp_path) as (client, store):
+        store.write(0, await client.fetch(peer.url, 0, timeout_seconds=30))
+    # the head, each mark, and the rest; without the mark it is each of the 128 writes
+    assert len(woken) <= 2 + PIECE // connections.AWAKE_BYTES
 
 
 async def test_a_request_given_up_closes_its_connection_at_once(

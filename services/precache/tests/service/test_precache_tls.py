@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -133,3 +134,30 @@ def test_a_certificate_without_its_key_or_authority_is_a_wrong_setting(tmp_path:
     for files in ((key, key, authority), (certificate, key, tmp_path / "none")):
         with pytest.raises(settings.SettingsError, match="one of"):
             tls.load(*files)
+
+
+async def test_seed_and_agents_that_have_certificates_move_an_image_over_tls_alone(
+    precache: Any, start_agent: Any, source: Any, request_of: Any, over: Any, image_id: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    certificate, key, authority = certificate_files(tmp_path)
+    files = {
+        "peer_certificate_file": certificate,
+        "peer_key_file": key,
+        "peer_ca_file": authority,
+    }
+    async with precache(**files) as service:
+        places = [
+            await start_agent(host, service.url, peer_port=servers.free_port(), **files)
+            for host in ("host-1", "host-2")
+        ]
+        hosts = (await service.api.get("/v1/hosts"))["hosts"]
+        assert all(one["url"].startswith("https://") for one in hosts)
+        body = request_of(image_id, source.add("image", DATA), DATA, hosts=["host-1", "host-2"])
+        made = await service.api.post("/v1/distributions", body)
+        answer = await over(service.api, made["distribution_id"])
+        assert answer["host_states"] == {"cached": 2}
+        for place in places:
+            assert (place / image_id).read_bytes() == DATA
+        desired = await service.api.get("/v1/desired", host="host-1")
+        assert desired["images"][0]["seeds"][0].startswith("https://")

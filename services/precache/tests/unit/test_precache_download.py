@@ -196,3 +196,52 @@ async def test_neighbours_that_come_and_go_to_the_very_end_do_no_harm(
     await running
     assert store.journaled == (1 << MANIFEST.count) - 1
     store.close()
+
+
+async def test_what_comes_stays_under_the_limit(network: Network, tmp_path: Path) -> None:
+    limit = 4 * PIECE
+    came: list[tuple[float, int]] = []
+    answers = network.fetch_next
+
+    async def fetch_next(url: str, *, timeout_seconds: float) -> tuple[int, bytearray] | None:
+        answer = await answers(url, timeout_seconds=timeout_seconds)
+        if answer is not None:
+            came.append((time.monotonic(), len(answer[1])))
+        return answer
+
+    network.fetch_next = fetch_next  # type: ignore[method-assign]  # the seed of this test
+    store = PieceStore.open(tmp_path, BLOB, MANIFEST)
+    blob = Blob(BLOB, manifest=MANIFEST, key=bytes(32), fd=store.fileno())
+    download = Download(blob, store, network, requests=4, rng=random.Random(1))
+    download.set_swarm(["http://seed"], {})
+    download.limit(limit)
+    began = time.monotonic()
+    async with asyncio.timeout(30):
+        await download.run()
+    total = 0
+    for at, count in came:  # by the clock that paces it: a slow machine is only further below
+        assert total <= limit * (at - began) + 1
+        total += count
+    assert total == len(DATA)
+    store.close()
+
+
+async def test_a_request_that_brought_nothing_does_not_count_for_the_limit(
+    network: Network, tmp_path: Path
+) -> None:
+    while network.seed.next("another", 0.0) is not None:
+        pass
+    network.has["http://peer"] = (1 << MANIFEST.count) - 1
+    store = PieceStore.open(tmp_path, BLOB, MANIFEST)
+    lacking = 3
+    blob = Blob(
+        BLOB, manifest=MANIFEST, key=bytes(32), fd=store.fileno(),
+        have=MANIFEST.all_pieces & ~(1 << lacking),
+    )  # fmt: skip
+    download = Download(blob, store, network, requests=4, rng=random.Random(1), clock=lambda: 0.0)
+    download.set_swarm(["http://seed"], {"peer": "http://peer"})
+    download.limit(1)  # and time stands still: one request, and then never another
+    async with asyncio.timeout(30):
+        await download.run()
+    assert network.asked == [("http://peer", lacking)]
+    store.close()

@@ -313,17 +313,30 @@ def test_the_coverage_has_a_digit_for_each_part(count: int, pieces: int) -> None
 
 @given(
     st.integers(1, 10**7),
-    st.lists(st.tuples(st.floats(0, 3), st.integers(1, 10**6)), min_size=1, max_size=60),
+    st.lists(
+        st.tuples(st.floats(0, 3), st.integers(1, 10**6), st.booleans()), min_size=1, max_size=60
+    ),
 )
-def test_a_pace_is_kept_but_for_a_burst(limit: int, asks: list[tuple[float, int]]) -> None:
+def test_a_pace_is_kept_but_for_a_burst(limit: int, asks: list[tuple[float, int, bool]]) -> None:
     pace, now, total = swarm.Pace(limit), 0.0, 0
-    for pause, count in asks:
+    for pause, count, is_refused in asks:
         now += pause
         now += pace.wait_seconds(now)
         assert pace.wait_seconds(now) <= 1e-6 * max(1.0, now)
         assert total <= limit * (now + 1.0) * (1 + 1e-6) + 1
         pace.spend(count, now)
-        total += count
+        if is_refused:
+            pace.give_back(count)
+        else:
+            total += count
+
+
+def test_what_is_given_back_may_be_spent_at_once() -> None:
+    pace = swarm.Pace(1000)
+    pace.spend(5000, 0.0)
+    assert pace.wait_seconds(0.0) == 5.0
+    pace.give_back(5000)
+    assert pace.wait_seconds(0.0) == 0.0
 
 
 def test_when_each_piece_is_out_a_few_copies_leave_at_once() -> None:

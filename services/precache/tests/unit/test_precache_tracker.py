@@ -117,6 +117,31 @@ async def test_a_swarm_in_which_nobody_moves_is_read_seldom_until_somebody_begin
     report = protocol.HostReport(url="http://h1", session_id=str(uuid.uuid4()))
     await tracker.heard("h1", report, ONE)
     assert records.reads == 2
+    tracker._swarms[ONE].read_at -= 1
     await tracker.refresh()
     await tracker.heard("h1", report, ONE)
     assert records.reads == 3
+
+
+async def test_a_host_is_told_of_its_swarm_when_it_has_changed_and_only_then() -> None:
+    tracker = tracker_of(Records())
+    first = await tracker.swarm("h1", ONE)
+    told = protocol.BlobReport(
+        distribution_id=str(uuid.uuid4()),
+        blob_id=str(uuid.uuid4()),
+        state=protocol.HostState.TRANSFERRING,
+        swarm_version=first.version,
+    )
+    assert await tracker.news("h1", ONE, told) is None
+    again = protocol.HostReport(url="http://h1", session_id=str(uuid.uuid4()))
+    await tracker.heard("h1", again, ONE)
+    known = await tracker.swarm("h1", ONE)
+    told = told.model_copy(update={"swarm_version": known.version})
+    await tracker.heard("h1", again, ONE)
+    assert await tracker.news("h1", ONE, told) is None
+    other = protocol.HostReport(url="http://late", session_id=str(uuid.uuid4()))
+    await tracker.heard("late", other, ONE)
+    changed = await tracker.news("h1", ONE, told)
+    assert changed is not None
+    assert "late" in {one.host for one in changed.neighbours}
+    assert changed.version != known.version

@@ -29,8 +29,6 @@ DERIVED = (
     "audit_verdict",
     "audit_resource",
 )
-# what ingest tells of the batch it marks
-SAY_HOW_OLD = "UPDATE touched AS t SET oldest = (SELECT array_agg($1::timestamptz) FROM unnest(t.resource_ids))"
 TOUCH_EVERYTHING = (
     "INSERT INTO touched (regions, resource_types, resource_ids) SELECT array_agg(region),"
     " array_agg(resource_type), array_agg(resource_id) FROM (SELECT DISTINCT region,"
@@ -111,10 +109,6 @@ async def ingest_and_fold(pool: db.Pool, batches: Sequence[Sequence[Event]]) -> 
     folds = FoldStore(pool=pool, mapping=packaged())
     for batch in batches:
         await store.ingest(batch)
-        async with db.connection(pool) as connection:
-            await connection.execute(
-                SAY_HOW_OLD, min(event.notification.timestamp for event in batch)
-            )
         while await folds.fold_some():
             pass
 

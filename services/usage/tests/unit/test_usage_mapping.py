@@ -382,6 +382,51 @@ def test_how_to_get_at_a_value_is_replaced_as_one_thing() -> None:
     assert found.intervals[0].attributes["state"] == "x"
 
 
+BY_TYPE = """
+resources:
+  volume:
+    bodies:
+      cinder:
+        attributes:
+          provisioned_iops:
+            - {item: [metadata, iops]}
+            - by: volume_type
+              table:
+                gold: {fixed: 3000}
+                grows: {fixed: 5, each: 10, of: size, most: 1500}
+                none: {}
+            - {constant: 7}
+"""
+
+
+@pytest.mark.parametrize(
+    ("payload", "iops"),
+    [
+        ({"volume_type": "gold", "size": 5}, 3000),
+        ({"volume_type": "gold", "metadata": [{"key": "iops", "value": "77"}]}, 77),
+        ({"volume_type": "grows", "size": 100}, 1005),
+        ({"volume_type": "grows", "size": "100"}, 1005),
+        ({"volume_type": "grows", "size": 1000}, 1500),
+        ({"volume_type": "grows", "size": 0}, 5),
+        ({"volume_type": "grows"}, 7),  # how much it is cannot be told
+        ({"volume_type": "grows", "size": "large"}, 7),
+        ({"volume_type": "grows", "size": -1000}, None),
+        ({"volume_type": "none"}, 0),
+        ({"volume_type": "other"}, 7),
+        ({"volume_type": None}, 7),
+        ({"volume_type": ["gold"]}, 7),
+        ({}, 7),
+    ],
+)
+def test_a_table_says_a_number_that_bodies_do_not(
+    payload: dict[str, object], iops: int | None
+) -> None:
+    message = notification("volume.create.end", {"volume_id": "v", **payload})
+    (said,) = Normaliser(read(BY_TYPE)).read(message, region="r1").said
+    assert said.statement is not None
+    assert dict(said.statement.attributes).get("provisioned_iops") == iops
+
+
 def test_a_file_is_read_and_names_itself_in_its_mistakes(tmp_path: Path) -> None:
     file = tmp_path / "mapping.yaml"
     file.write_text(OCTAVIA)
@@ -452,6 +497,20 @@ MISTAKES = {
     ),
     OF_CINDER
     % "attributes: {host: {item: [a]}}": "resources.volume.bodies.cinder.attributes.host",
+    **{
+        OF_CINDER % f"attributes: {{provisioned_iops: {{by: volume_type, table: {table}}}}}": (
+            "resources.volume.bodies.cinder.attributes.provisioned_iops"
+        )
+        for table in (
+            "{}",
+            "{a: {each: 10}}",
+            "{a: {of: size}}",
+            "{a: {fixed: -1}}",
+            "{a: {fixed: 1.5}}",
+            "{a: {most: -1}}",
+            "{a: {fixed: 1, nope: 2}}",
+        )
+    },
     OF_CINDER % "counters: {volume_read_bytes: {reading: gauge}}": (
         "resources.volume.bodies.cinder.counters.volume_read_bytes.reading"
     ),

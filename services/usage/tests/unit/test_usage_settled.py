@@ -232,6 +232,51 @@ def test_a_settled_past_and_what_came_since_are_the_ledger_of_everything(
             before = whole
 
 
+def days_of_audits(
+    days: int, midnight_at: timedelta, relaunched: datetime | None = None
+) -> list[Said]:
+    """Hourly audits, those of the last midnight sent so long after it; and a resize, if one is told."""
+    line = DAY + (days - 1) * 24 * HOUR
+    said: list[Said] = []
+    for number in range(1, days * 24 - 9):
+        period_end = DAY + number * HOUR
+        at = period_end + (midnight_at if period_end == line else 4 * SECOND)
+        born_at = relaunched if relaunched is not None and at >= relaunched else DAY
+        statement, evidence = audit(number, at, born_at, FIRST)
+        said.append((statement._replace(period=(period_end - HOUR, period_end)), evidence))
+    if relaunched is not None:  # by an event that does not say into what
+        told = Statement(edge=Edge.RELAUNCH, attributes=(("state", "active"),), born_at=relaunched)
+        said.append((told, message(9999, relaunched + SECOND)))
+    return said
+
+
+@pytest.mark.parametrize("sent", [30 * MINUTE, 55 * MINUTE, 3 * HOUR])
+@pytest.mark.parametrize("known", [True, False])
+def test_an_audit_of_before_the_line_is_compared_with_what_held_when_it_was_sent(
+    sent: timedelta, known: bool
+) -> None:
+    line = DAY + 3 * 24 * HOUR
+    relaunched = line + sent - 10 * MINUTE
+    said = days_of_audits(4, sent, relaunched if known else None)
+    resized = FIRST | {"flavor": "m1.large"}
+    number = len(said) + 1
+    news = (
+        audit(number, DAY + number * HOUR + 4 * SECOND, relaunched, resized)
+        if known
+        else (
+            Statement(
+                edge=Edge.NOTE, attributes=tuple(sorted(resized.items())), born_at=relaunched
+            ),
+            message(number, DAY + number * HOUR),
+        )
+    )
+    before, whole = RECKON(said), RECKON([*said, news])
+    past = settle(said, before)
+    changed = {key for key, row in rows_of(whole).items() if rows_of(before).get(key) != row}
+    assert any(key[0] == "verdict" and key[1] < line for key in changed)  # type: ignore[operator]
+    assert past is None or past.rows_from < line or since(past, [*said, news], before) is None
+
+
 def test_of_a_year_of_audits_a_day_or_two_are_read() -> None:
     said = [audit(n, DAY + n * HOUR + 4 * SECOND, DAY, FIRST, n) for n in range(1, 8761)]
     past = settle(said, RECKON(said[:30]))
@@ -278,6 +323,33 @@ def test_a_history_may_end_differently_after_the_line_and_be_no_other_before_it(
     named = replace(past, kept=(*past.kept, (statement._replace(ended_at=DAY), evidence)))
     assert named.is_past_kept(before, resized)
     assert not named.is_past_kept(before, deleted)
+
+
+def test_runs_of_a_counter_stay_in_the_order_of_their_first_readings() -> None:
+    def counted(number: int, run: str, value: int) -> Said:
+        reading = CounterReading(name="cpu_ns", reading=Reading.CUMULATIVE, value=value, run=run)
+        statement = Statement(edge=Edge.COUNT, at=DAY + number * HOUR, readings=(reading,))
+        return statement, message(5000 + 2 * number + (run == "a"), DAY + number * HOUR)
+
+    said = days_of_audits(4, 4 * SECOND)
+    # run b began first and was read last
+    said += [counted(number, run, number) for run, number in [("b", 3), ("a", 5), ("a", 9)]]
+    said += [counted(11, "b", 11)]
+    past = settle(said, RECKON(said))
+    assert past is not None
+    news = [counted(90, run, 100) for run in "ab"]
+    ours = since(past, [*said, *news], RECKON(said))
+    assert ours is not None
+    whole = rows_of(RECKON([*said, *news]))
+    key = ("amount", DAY + 90 * HOUR, "cpu_ns", "")
+    assert rows_of(ours)[key] == whole[key]
+
+
+def test_a_past_without_an_owner_is_not_settled_for_the_first_owner_pays_for_it() -> None:
+    said = days_of_audits(4, 4 * SECOND)
+    nobodys = [(item._replace(attributes=item.attributes[:3]), by) for item, by in said]
+    assert settle(said, RECKON(said)) is not None
+    assert settle(nobodys, RECKON(nobodys)) is None
 
 
 @pytest.mark.parametrize("count", [10, 30])
