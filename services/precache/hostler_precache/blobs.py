@@ -31,7 +31,7 @@ from hostler_precache.swarm import SeedPolicy
 log = logs.get(__name__)
 
 HOST_HEADER: Final = "Hostler-Host"
-MAP_BATCH_SECONDS: Final = 0.03
+MAP_BATCH_SECONDS: Final = 0.05
 MAP_HEARTBEAT_SECONDS: Final = 5.0
 MAP_LINE_PIECES: Final = 1000
 SPREAD_SECONDS: Final = 2.0

@@ -74,6 +74,9 @@ class Reports:
 
     async def _store_some(self, reports: dict[str, protocol.HostReport]) -> None:
         async with db.transaction(self._store.pool) as connection:
+            # what a crash of the server takes with it of its last moments, every host says again
+            # with its next report: nobody need wait for the disk
+            await connection.execute("SET LOCAL synchronous_commit = off")
             ended, finished = await self._swarms.report(connection, reports)
             events = [_progress(one) for one in ended]
             for distribution_id in finished:

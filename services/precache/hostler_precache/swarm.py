@@ -9,19 +9,15 @@ The policies, and why (simulated over N = 5 to 1,000 receivers):
   faster than a host's, every second copy it sends delays all hosts by a whole piece;
 - receivers take the rarest piece among their neighbours, ties broken at random (by index, all
   of them would fetch the same piece), within a window past their first gap, so that the prefix
-  of the file is usable early;
-- the graph is a union of random rings: near-regular and connected, and a host that joins or
-  leaves changes only its own neighbours.
+  of the file is usable early.
 """
 
-import hashlib
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 MIN_WINDOW_PIECES: Final = 64
-DEFAULT_DEGREE: Final = 10
 DEFAULT_SLOTS: Final = 2
 # of the pieces, so many more may leave a seed than once each without anybody being lost
 SPARE_SHARE: Final = 0.03
@@ -551,49 +547,6 @@ class Pace:
         """So many of them were refused: they may be asked for elsewhere at once."""
         if self._free_at is not None:
             self._free_at -= count / max(1, self.bytes_per_second)
-
-
-def neighbours(
-    host: str,
-    hosts: Collection[str],
-    *,
-    key: str,
-    degree: int = DEFAULT_DEGREE,
-    racks: Mapping[str, str] | None = None,
-    outside: int = 2,
-) -> list[str]:
-    """The neighbours of a host in the graph over `hosts`, sorted; the relation is symmetric.
-
-    With at most `degree` + 1 hosts everybody knows everybody. With more, it is a union of rings,
-    each in an order that a hash of `key`, ring and host decides: every process that asks gets
-    the same graph. With `racks`, all but `outside` of the edges stay inside the rack.
-    """
-    everyone = set(hosts) | {host}
-    if len(everyone) <= degree + 1:
-        return sorted(everyone - {host})
-    found: set[str] = set()
-    if racks is None:
-        found |= _on_rings(host, everyone, key=f"{key}/all", rings=max(1, degree // 2))
-    else:
-        rack = racks.get(host)
-        inside = {other for other in everyone if racks.get(other) == rack}
-        found |= _on_rings(host, everyone, key=f"{key}/all", rings=max(1, outside // 2))
-        found |= _on_rings(host, inside, key=f"{key}/rack", rings=max(1, (degree - outside) // 2))
-    return sorted(found)
-
-
-def _on_rings(host: str, hosts: Collection[str], *, key: str, rings: int) -> set[str]:
-    found: set[str] = set()
-    for ring in range(rings):
-        order = sorted(hosts, key=lambda name, ring=ring: _position(key, ring, name))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
-        index = order.index(host)
-        found |= {order[index - 1], order[(index + 1) % len(order)]}
-    return found - {host}
-
-
-def _position(key: str, ring: int, host: str) -> tuple[bytes, str]:
-    digest = hashlib.blake2b(f"{key}/{ring}/{host}".encode(), digest_size=8).digest()
-    return digest, host
 
 
 def weighted(mean: float | None, seconds: float) -> float:

@@ -256,51 +256,6 @@ def test_there_are_never_more_sendings_than_slots_and_overdue_ones(
         assert slots.active == len(tickets) <= swarm.OVERDUE_FACTOR * count
 
 
-def reachable(graph: dict[str, list[str]]) -> set[str]:
-    reached: set[str] = set()
-    edge = {min(graph)}
-    while edge:
-        reached |= edge
-        edge = {other for host in edge for other in graph[host]} - reached
-    return reached
-
-
-@given(
-    st.sets(st.text(alphabet="abcdef0123", min_size=1, max_size=4), min_size=1, max_size=60),
-    st.integers(min_value=2, max_value=12),
-)
-@settings(deadline=None)
-def test_the_graph_is_symmetric_connected_and_of_bounded_degree(
-    hosts: set[str], degree: int
-) -> None:
-    graph = {host: swarm.neighbours(host, hosts, key="k", degree=degree) for host in hosts}
-    for host, others in graph.items():
-        assert host not in others
-        assert len(others) <= degree
-        assert all(host in graph[other] for other in others)
-    assert reachable(graph) == hosts
-
-
-def test_one_more_host_leaves_most_of_the_graph_as_it_was() -> None:
-    hosts = [f"host-{number}" for number in range(200)]
-    before = {host: swarm.neighbours(host, hosts, key="k") for host in hosts}
-    after = {host: swarm.neighbours(host, [*hosts, "late"], key="k") for host in hosts}
-    changed = [host for host in hosts if before[host] != after[host]]
-    assert len(changed) <= 10
-
-
-def test_with_racks_most_neighbours_are_inside_and_none_is_cut_off() -> None:
-    racks = {f"host-{number}": f"rack-{number // 20}" for number in range(160)}
-    graph = {host: swarm.neighbours(host, racks, key="k", racks=racks) for host in racks}
-    inside = {
-        host: [other for other in others if racks[other] == racks[host]]
-        for host, others in graph.items()
-    }
-    assert all(4 <= len(others) <= 10 for others in inside.values())
-    assert all(len(graph[host]) - len(inside[host]) <= 2 for host in racks)
-    assert reachable(graph) == set(racks)
-
-
 @given(st.integers(0, 300), st.integers(0, 2**300 - 1))
 def test_the_coverage_has_a_digit_for_each_part(count: int, pieces: int) -> None:
     pieces &= (1 << count) - 1
