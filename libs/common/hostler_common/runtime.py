@@ -188,9 +188,14 @@ class Process:
         # time goes into looking through everything that was ever loaded for cycles that are not there
         gc.collect()
         gc.freeze()
+        usual = gc.get_threshold()
         gc.set_threshold(50_000, 20, 20)
         log.info("started")
-        await self._stop.wait()
+        try:
+            await self._stop.wait()
+        finally:  # tests start many in one process: what was frozen may be garbage by now
+            gc.set_threshold(*usual)
+            gc.unfreeze()
         started = time.monotonic()
         self.health.draining = True
         log.info("draining")
