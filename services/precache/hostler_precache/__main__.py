@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from hostler_common import cli, client
+from hostler_precache import estimate
 from hostler_precache.app import PACKAGE, http_app, serve
 from hostler_precache.settings import Settings
 
@@ -362,16 +363,15 @@ async def _watch(api: client.Api, distribution_id: str, *, as_json: bool) -> Non
 
 def _pace(answer: dict[str, Any]) -> str:
     """How far from the bound it is, and when it will be over."""
-    found = answer["estimate"]
-    if answer["paused_reason"]:
-        return f"paused: {answer['paused_reason']}"
-    if not answer["is_open"]:
-        return "waits for its window"
-    if found is None or found["over_bound"] is None:
-        return ""
-    limit = found["limit"] + (f" ({found['slowest_host']})" if found["slowest_host"] else "")
-    left = f", {found['remaining_seconds']:.0f} s left" if found["remaining_seconds"] else ""
-    return f"{found['over_bound']:.2f}x; the limit is {limit}{left}"
+    found = answer["estimate"] or {}
+    return estimate.in_words(
+        paused_reason=answer["paused_reason"],
+        is_open=answer["is_open"],
+        over_bound=found.get("over_bound"),
+        limit=found.get("limit"),
+        slowest_host=found.get("slowest_host"),
+        remaining_seconds=found.get("remaining_seconds"),
+    )
 
 
 def _print_json(document: object) -> None:

@@ -84,6 +84,27 @@ def estimate(
     )
 
 
+def in_words(
+    *,
+    paused_reason: str | None,
+    is_open: bool,
+    over_bound: float | None,
+    limit: str | None,
+    slowest_host: str | None,
+    remaining_seconds: float | None = None,
+) -> str:
+    """How far a distribution is from the bound, or why it does not move; empty while nobody can tell."""
+    if paused_reason is not None:
+        return f"paused: {paused_reason}"
+    if not is_open:
+        return "waits for its window"
+    if over_bound is None:
+        return ""
+    host = f" ({slowest_host})" if slowest_host else ""
+    left = f", {remaining_seconds:.0f} s left" if remaining_seconds else ""
+    return f"{over_bound:.2f}x; the limit is {limit}{host}{left}"
+
+
 def _pace(host: HostProgress, now: datetime) -> bound.Pace:
     seconds = (now - host.started_at).total_seconds() if host.started_at is not None else 0.0
     return bound.Pace(

@@ -10,7 +10,7 @@ from hostler_common import auth
 from hostler_common.pages import Pages
 from hostler_precache import estimate
 from hostler_precache.deps import DistributionsDep, PoliciesDep, SettingsDep, SwarmsDep
-from hostler_precache.distributions import Distribution, HostProgress
+from hostler_precache.distributions import HostProgress
 
 ROWS_SHOWN = 50
 HOSTS_SHOWN = 500
@@ -52,7 +52,14 @@ async def distribution(
         "distribution.html",
         distribution=record,
         estimate=found,
-        pace=_pace(record, found),
+        pace=estimate.in_words(
+            paused_reason=record.paused_reason,
+            is_open=record.is_open,
+            over_bound=found.over_bound if found else None,
+            limit=found.limit if found else None,
+            slowest_host=found.slowest_host if found else None,
+        )
+        or "-",
         hosts=sorted(hosts, key=_urgency)[:HOSTS_SHOWN],
         host_count=len(hosts),
         rows_shown=HOSTS_SHOWN,
@@ -61,14 +68,3 @@ async def distribution(
 
 def _urgency(host: HostProgress) -> tuple[int, str]:
     return _ORDER.index(host.state) if host.state in _ORDER else len(_ORDER), host.host
-
-
-def _pace(record: Distribution, found: estimate.Estimate | None) -> str:
-    if record.paused_reason is not None:
-        return f"paused: {record.paused_reason}"
-    if not record.is_open:
-        return "waits for its window"
-    if found is None or found.over_bound is None:
-        return "-"
-    host = f" ({found.slowest_host})" if found.slowest_host else ""
-    return f"{found.over_bound:.2f}x; the limit is {found.limit}{host}"
