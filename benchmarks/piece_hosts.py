@@ -19,11 +19,12 @@ import aiohttp
 from aiohttp import web
 
 from bare_transfer import cpu_seconds
-from hostler_precache import manifest, pieces, swarm, tls, tokens
-from hostler_precache.blobs import Blob, BlobServer
-from hostler_precache.connections import Connections
-from hostler_precache.manifest import BlobId
-from hostler_precache.peers import HttpPeerClient
+from hostler_precache.swarming import swarm, tokens
+from hostler_precache.transfer import manifest, pieces, tls
+from hostler_precache.transfer.blobs import Blob, BlobServer
+from hostler_precache.transfer.connections import Connections
+from hostler_precache.transfer.manifest import BlobId
+from hostler_precache.transfer.peers import HttpPeerClient
 
 BLOB_ID = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
 DISTRIBUTION_ID = "5a0e1d0e-0000-4000-8000-00000000000d"

@@ -45,8 +45,8 @@ import bench
 import piece_hosts
 import tracker_load
 from hostler_common import servers
-from hostler_precache import manifest
 from hostler_precache.testing import agent_process, certificate_files
+from hostler_precache.transfer import manifest
 
 HERE = Path(__file__).parent
 MEMORY = Path("/dev/shm")  # noqa: S108  a fresh directory is made below it

@@ -32,9 +32,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import bench
-from hostler_precache.graph import Graph
-from hostler_precache.receiving import Receiver, Request, Source
-from hostler_precache.swarm import News, SeedPolicy
+from hostler_precache.swarming.graph import Graph
+from hostler_precache.swarming.receiving import Receiver, Request, Source
+from hostler_precache.swarming.swarm import News, SeedPolicy
 
 LARGE: Final = (100, 1000, 10_000)
 PIECES: Final = 1024

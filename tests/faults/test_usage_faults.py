@@ -29,10 +29,10 @@ import asyncpg
 from hostler_common import client, db, errors, servers, testing
 from hostler_common.testing import RunService
 from hostler_usage import app
-from hostler_usage.fold_store import FoldStore
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normaliser
-from hostler_usage.rebuild_store import DERIVED, Derived, RebuildStore
+from hostler_usage.history.fold_store import FoldStore
+from hostler_usage.history.rebuild_store import DERIVED, Derived, RebuildStore
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.settings import Settings
 from hostler_usage.testing import (
     LARGE,

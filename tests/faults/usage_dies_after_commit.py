@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from hostler_common import runtime, settings
 from hostler_usage import app
-from hostler_usage.event import Event, Tally
+from hostler_usage.reading.event import Event, Tally
 from hostler_usage.settings import Settings
 from hostler_usage.store import Store
 

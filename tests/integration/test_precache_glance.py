@@ -15,8 +15,9 @@ import pytest_asyncio
 
 from hostler_common import servers
 from hostler_common.testing import RunService, eventually
-from hostler_precache import app, images, listers, plugins, testing
+from hostler_precache import app, images, testing
 from hostler_precache.settings import Settings
+from hostler_precache.sources import listers, plugins
 
 PEERS = Path(__file__).parent / "peers"
 DATA = testing.image_of((3 << 20) + 77, seed=5)

@@ -21,11 +21,11 @@ from typing import Any
 import aiohttp
 import pytest_asyncio
 
-from hostler_precache import manifest, pieces
-from hostler_precache.ironic_placer import FetchingError, IronicPlacer
-from hostler_precache.manifest import BlobId, ImageId
-from hostler_precache.placement import Outcome, Wanted
-from hostler_precache.shelf import Shelf
+from hostler_precache.placing.ironic_placer import FetchingError, IronicPlacer
+from hostler_precache.placing.placement import Outcome, Wanted
+from hostler_precache.placing.shelf import Shelf
+from hostler_precache.transfer import manifest, pieces
+from hostler_precache.transfer.manifest import BlobId, ImageId
 
 PEERS = Path(__file__).parent / "peers"
 DATA = random.Random(1).randbytes((1 << 20) + 512)

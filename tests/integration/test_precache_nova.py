@@ -26,11 +26,12 @@ import pytest
 import pytest_asyncio
 
 from hostler_common import servers
-from hostler_precache import manifest, nova_lock, pieces, placers
-from hostler_precache.manifest import BlobId, ImageId
-from hostler_precache.placement import Outcome, Wanted
+from hostler_precache.placing import nova_lock, placers
+from hostler_precache.placing.placement import Outcome, Wanted
+from hostler_precache.placing.shelf import Shelf
 from hostler_precache.settings import AgentSettings
-from hostler_precache.shelf import Shelf
+from hostler_precache.transfer import manifest, pieces
+from hostler_precache.transfer.manifest import BlobId, ImageId
 
 PEERS = Path(__file__).parent / "peers"
 DATA = random.Random(1).randbytes((1 << 20) + 512)

@@ -23,21 +23,20 @@ from pydantic import SecretStr
 
 from hostler_common import bus
 from hostler_common.testing import RunService, eventually, open_bus
-from hostler_precache import (
+from hostler_precache import images, testing
+from hostler_precache.images import Image, Verification
+from hostler_precache.sources import (
     access,
     demand,
     fetchers,
     glance_events,
-    images,
     keystone,
     listers,
     plugins,
-    testing,
 )
-from hostler_precache.fetch import Fetched, fetch
-from hostler_precache.images import Image, Verification
-from hostler_precache.plugins import Surroundings
-from hostler_precache.source import SourceError
+from hostler_precache.sources.fetch import Fetched, fetch
+from hostler_precache.sources.plugins import Surroundings
+from hostler_precache.sources.source import SourceError
 from hostler_usage import app as usage_app
 from hostler_usage import testing as usage_testing
 from hostler_usage.settings import Settings as UsageSettings

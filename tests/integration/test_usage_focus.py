@@ -19,18 +19,13 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from hostler_common import db
-from hostler_usage import (
-    export_store,
-    exports,
-    focus,
-    focus_pricing,
-    mapping_file,
-    price_book,
-)
-from hostler_usage.export import Csv, Encoder, Row
-from hostler_usage.export_parquet import Parquet
-from hostler_usage.measures import Window
-from hostler_usage.report_store import ReportStore, UsageFilter
+from hostler_usage.exporting import export_store, exports, focus, focus_pricing
+from hostler_usage.exporting.export import Csv, Encoder, Row
+from hostler_usage.exporting.export_parquet import Parquet
+from hostler_usage.history.measures import Window
+from hostler_usage.history.report_store import ReportStore, UsageFilter
+from hostler_usage.money import price_book
+from hostler_usage.reading import mapping_file
 
 PEERS = Path(__file__).parent / "peers"
 DAY = datetime(2026, 5, 31, tzinfo=UTC)

@@ -24,7 +24,7 @@ import pytest_asyncio
 
 from hostler_common import servers
 from hostler_common.testing import eventually, wait_ready
-from hostler_usage.sample import DomainSample, SampleReport
+from hostler_usage.reading.sample import DomainSample, SampleReport
 
 PEER = Path(__file__).parent / "peers" / "libvirt_guest.py"
 MIB = 1 << 20

@@ -19,10 +19,10 @@ from hostler_common.browser_testing import (
     sign_in,
 )
 from hostler_common.testing import RunningService, RunService, eventually
-from hostler_usage.mapping_file import packaged
-from hostler_usage.period_jobs import PeriodJobs
-from hostler_usage.period_store import PeriodStore
-from hostler_usage.rollup_store import RollupStore
+from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.periods.period_jobs import PeriodJobs
+from hostler_usage.periods.period_store import PeriodStore
+from hostler_usage.reading.mapping_file import packaged
 from hostler_usage.service_testing import RunUsage, runner, send
 from hostler_usage.settings import Settings
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step

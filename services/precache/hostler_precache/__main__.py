@@ -13,8 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from hostler_common import cli, client
-from hostler_precache import estimate
 from hostler_precache.app import PACKAGE, http_app, serve
+from hostler_precache.distribution import estimate
 from hostler_precache.settings import Settings
 
 PORT = 8301

@@ -24,29 +24,19 @@ from hostler_common import client, errors, logs, runtime
 from hostler_common import settings as common_settings
 from hostler_common.agent import AgentContext
 from hostler_common.bus import Delivery, Reject
-from hostler_precache import (
-    connections,
-    envelope,
-    keeper,
-    manifest,
-    messages,
-    pieces,
-    placement,
-    protocol,
-    shelf,
-    sites,
-    swarm,
-    tls,
-)
-from hostler_precache.blobs import Blob, BlobServer
-from hostler_precache.download import Download, Received
-from hostler_precache.manifest import BlobId, Manifest, ManifestError
+from hostler_precache import envelope, messages, protocol
 from hostler_precache.metrics import AgentMetrics
-from hostler_precache.peers import HttpPeerClient
-from hostler_precache.placement import Wanted
+from hostler_precache.placing import keeper, placement, shelf
+from hostler_precache.placing.placement import Wanted
+from hostler_precache.placing.shelf_records import Record
 from hostler_precache.protocol import REASON_CHARACTERS, DesiredImage, HostState
 from hostler_precache.settings import AgentSettings
-from hostler_precache.shelf_records import Record
+from hostler_precache.swarming import swarm
+from hostler_precache.transfer import connections, manifest, pieces, sites, tls
+from hostler_precache.transfer.blobs import Blob, BlobServer
+from hostler_precache.transfer.download import Download, Received
+from hostler_precache.transfer.manifest import BlobId, Manifest, ManifestError
+from hostler_precache.transfer.peers import HttpPeerClient
 
 log = logs.get(__name__)
 

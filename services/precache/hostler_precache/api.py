@@ -9,8 +9,8 @@ from pydantic import Field
 from hostler_common import auth, db
 from hostler_common.auth import Role
 from hostler_precache.deps import Limit, StoreDep, SwarmsDep, TrackerDep
-from hostler_precache.distributions import HostRecord, ImageRecord
-from hostler_precache.listers import ListedImage
+from hostler_precache.distribution.distributions import HostRecord, ImageRecord
+from hostler_precache.sources.listers import ListedImage
 from hostler_precache.wire import View, image_of
 
 router = APIRouter(prefix="/v1")

@@ -12,31 +12,24 @@ from starlette.staticfiles import StaticFiles
 
 from hostler_common import http, quarantine, runtime, service
 from hostler_common.health import Health
-from hostler_precache import (
-    agent_api,
-    api,
-    cloud,
-    distributions_api,
-    glance_events,
-    messages,
-    pages,
-    policies_api,
-    sites,
-    tls,
-)
-from hostler_precache.blobs import BlobServer
-from hostler_precache.distribution_store import DistributionStore
+from hostler_precache import api, messages, pages
+from hostler_precache.distribution import distributions_api, policies_api
+from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.policy_store import PolicyStore
+from hostler_precache.distribution.rollout_jobs import Rollouts
 from hostler_precache.jobs import FORGET_SECONDS, Pipeline
 from hostler_precache.metrics import Metrics
-from hostler_precache.plugins import Plugins
-from hostler_precache.policy_store import PolicyStore
-from hostler_precache.reports import Reports
-from hostler_precache.rollout_jobs import Rollouts
-from hostler_precache.seed import Seed
 from hostler_precache.settings import Settings
+from hostler_precache.sources import cloud, glance_events
+from hostler_precache.sources.plugins import Plugins
 from hostler_precache.store import Store
-from hostler_precache.swarm_store import SwarmStore
-from hostler_precache.tracker import Tracker
+from hostler_precache.swarming import agent_api
+from hostler_precache.swarming.reports import Reports
+from hostler_precache.swarming.swarm_store import SwarmStore
+from hostler_precache.swarming.tracker import Tracker
+from hostler_precache.transfer import sites, tls
+from hostler_precache.transfer.blobs import BlobServer
+from hostler_precache.transfer.seed import Seed
 
 PACKAGE = "hostler_precache"
 

@@ -5,12 +5,12 @@ from typing import Annotated
 from fastapi import Query
 
 from hostler_common import http
-from hostler_precache.distribution_store import DistributionStore
-from hostler_precache.policy_store import PolicyStore
+from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.policy_store import PolicyStore
 from hostler_precache.settings import Settings
 from hostler_precache.store import Store
-from hostler_precache.swarm_store import SwarmStore
-from hostler_precache.tracker import Tracker
+from hostler_precache.swarming.swarm_store import SwarmStore
+from hostler_precache.swarming.tracker import Tracker
 
 StoreDep = Annotated[Store, http.state("store")]
 DistributionsDep = Annotated[DistributionStore, http.state("distributions")]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from hostler_precache.manifest import ImageId
+from hostler_precache.transfer.manifest import ImageId
 
 IMAGE_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _IMAGE_ID: Final = re.compile(IMAGE_ID_PATTERN.rstrip("$") + r"\Z")

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from hostler_common import db, errors, idempotency, logs
-from hostler_precache import messages, pieces, tokens, tracker
-from hostler_precache.distribution_store import DistributionStore
-from hostler_precache.distributions import (
+from hostler_precache import messages
+from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.distributions import (
     BlobRecord,
     BlobState,
     DistributionState,
@@ -22,16 +22,18 @@ from hostler_precache.distributions import (
     Policy,
     new_distribution_id,
 )
-from hostler_precache.fetch import Fetched, FetchProgress, fetch
+from hostler_precache.distribution.policy_store import PolicyStore
+from hostler_precache.distribution.rollout import Rollout, Targets
 from hostler_precache.images import Image
 from hostler_precache.metrics import Metrics
-from hostler_precache.plugins import Plugins, SourceError, UnknownPluginError
-from hostler_precache.policy_store import PolicyStore
-from hostler_precache.rollout import Rollout, Targets
-from hostler_precache.seed import Seed
 from hostler_precache.settings import Settings
+from hostler_precache.sources.fetch import Fetched, FetchProgress, fetch
+from hostler_precache.sources.plugins import Plugins, SourceError, UnknownPluginError
 from hostler_precache.store import ImageDiffers, ImageNotFound, Store
-from hostler_precache.swarm_store import SwarmStore
+from hostler_precache.swarming import tokens, tracker
+from hostler_precache.swarming.swarm_store import SwarmStore
+from hostler_precache.transfer import pieces
+from hostler_precache.transfer.seed import Seed
 
 log = logs.get(__name__)
 

@@ -8,9 +8,9 @@ from fastapi.responses import HTMLResponse
 
 from hostler_common import auth
 from hostler_common.pages import Pages
-from hostler_precache import estimate
 from hostler_precache.deps import DistributionsDep, PoliciesDep, SettingsDep, SwarmsDep
-from hostler_precache.distributions import HostProgress
+from hostler_precache.distribution import estimate
+from hostler_precache.distribution.distributions import HostProgress
 
 ROWS_SHOWN = 50
 HOSTS_SHOWN = 500

@@ -8,8 +8,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
 from hostler_common import settings
-from hostler_precache import placement, protocol
-from hostler_precache.bound import ASSUMED_LINK_BYTES_PER_SECOND
+from hostler_precache import protocol
+from hostler_precache.distribution.bound import ASSUMED_LINK_BYTES_PER_SECOND
+from hostler_precache.placing import placement
 
 
 def _labels(value: object) -> object:

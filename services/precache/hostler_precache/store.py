@@ -13,7 +13,7 @@ import asyncpg
 
 from hostler_common import db, errors, outbox
 from hostler_common.bus import Message
-from hostler_precache.distributions import (
+from hostler_precache.distribution.distributions import (
     BlobRecord,
     BlobState,
     DistributionId,
@@ -21,7 +21,7 @@ from hostler_precache.distributions import (
     ImageRecord,
 )
 from hostler_precache.images import Image, SourceHash, Verification
-from hostler_precache.manifest import BlobId, ImageId, Manifest
+from hostler_precache.transfer.manifest import BlobId, ImageId, Manifest
 
 MAX_BIGINT: Final = 2**63 - 1
 

@@ -5,9 +5,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from hostler_common import errors
-from hostler_precache import plugins, protocol
+from hostler_precache import protocol
 from hostler_precache.images import IMAGE_ID_PATTERN, Image
-from hostler_precache.listers import ListedImage
+from hostler_precache.sources import plugins
+from hostler_precache.sources.listers import ListedImage
 from hostler_precache.store import MAX_BIGINT
 
 ImageIdText = Annotated[str, Field(pattern=IMAGE_ID_PATTERN)]

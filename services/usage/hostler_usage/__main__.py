@@ -11,17 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from hostler_common import cli
-from hostler_usage import (
-    audits_cli,
-    explain_cli,
-    exports_cli,
-    import_cli,
-    periods_cli,
-    rating_cli,
-    rebuild_cli,
-    rules_cli,
-)
 from hostler_usage.app import PACKAGE, http_app, serve
+from hostler_usage.auditing import audits_cli
+from hostler_usage.explaining import explain_cli
+from hostler_usage.exporting import exports_cli
+from hostler_usage.history import rebuild_cli
+from hostler_usage.money import rating_cli
+from hostler_usage.periods import periods_cli
+from hostler_usage.reading import import_cli, rules_cli
 from hostler_usage.settings import Settings
 
 PORT = 8302

@@ -22,9 +22,9 @@ from pydantic import Field
 
 from hostler_common import errors, settings
 from hostler_common.agent import AgentContext
-from hostler_usage import domain_stats
-from hostler_usage.domain_stats import Domain
-from hostler_usage.sample import (
+from hostler_usage.reading import domain_stats
+from hostler_usage.reading.domain_stats import Domain
+from hostler_usage.reading.sample import (
     SAMPLES_PER_REPORT,
     USAGE_SAMPLED,
     DiskSample,

@@ -13,12 +13,18 @@ from fastapi import APIRouter, Query, Response
 from pydantic import AwareDatetime, BaseModel, Field
 
 from hostler_common import auth, errors, http
-from hostler_usage.event import event_id
+from hostler_usage.history.measures import hours
+from hostler_usage.history.report_store import (
+    EventFilter,
+    Group,
+    ReportStore,
+    UsageFilter,
+    UsageRow,
+)
 from hostler_usage.listing import Cited, Limit, Marker, Name, PathName, Selected, names
-from hostler_usage.mapping import Mapping
-from hostler_usage.measures import hours
-from hostler_usage.report_store import EventFilter, Group, ReportStore, UsageFilter, UsageRow
-from hostler_usage.statement import ResourceKey, ResourceType
+from hostler_usage.reading.event import event_id
+from hostler_usage.reading.mapping import Mapping
+from hostler_usage.reading.statement import ResourceKey, ResourceType
 from hostler_usage.windows import window
 
 ReportsDep = Annotated[ReportStore, http.state("reports")]

@@ -13,57 +13,46 @@ from prometheus_client import CollectorRegistry
 
 from hostler_common import bus, http, quarantine, service
 from hostler_common.health import Health
-from hostler_usage import (
-    api,
-    audits_api,
-    budgets_api,
-    costs_api,
-    explain_api,
-    exports_api,
-    feeds_api,
-    focus,
-    hub_api,
-    import_api,
-    mapping_file,
-    messages,
-    operations_api,
-    pages,
-    periods_api,
-    price_books_api,
-    project_groups_api,
-    rebuild_store,
-    reports_api,
-)
-from hostler_usage.audit_check_store import AuditCheckStore
-from hostler_usage.audit_jobs import AuditJobs
-from hostler_usage.audit_report_store import AuditReportStore
-from hostler_usage.budget_jobs import BudgetJobs
-from hostler_usage.callbacks import open_callbacks
+from hostler_usage import api, messages, pages
+from hostler_usage.auditing import audits_api
+from hostler_usage.auditing.audit_check_store import AuditCheckStore
+from hostler_usage.auditing.audit_jobs import AuditJobs
+from hostler_usage.auditing.audit_report_store import AuditReportStore
 from hostler_usage.consumer import NotificationConsumer
-from hostler_usage.costing import Costing
-from hostler_usage.explain_store import ExplainStore
-from hostler_usage.export_store import ExportStore
-from hostler_usage.exports import Exports
-from hostler_usage.feed_store import FeedStore
-from hostler_usage.fold_store import FoldStore
-from hostler_usage.hub_deliver import FeedJobs
-from hostler_usage.hub_store import HubStore
+from hostler_usage.explaining import explain_api
+from hostler_usage.explaining.explain_store import ExplainStore
+from hostler_usage.exporting import exports_api, focus, reports_api
+from hostler_usage.exporting.export_store import ExportStore
+from hostler_usage.exporting.exports import Exports
+from hostler_usage.feeds import feeds_api, hub_api
+from hostler_usage.feeds.callbacks import open_callbacks
+from hostler_usage.feeds.feed_store import FeedStore
+from hostler_usage.feeds.hub_deliver import FeedJobs
+from hostler_usage.feeds.hub_store import HubStore
+from hostler_usage.feeds.publish import Publisher
+from hostler_usage.feeds.websub import Lease
+from hostler_usage.history import rebuild_store
+from hostler_usage.history.fold_store import FoldStore
+from hostler_usage.history.pace import Pace
+from hostler_usage.history.report_store import ReportStore
+from hostler_usage.history.retention_jobs import RetentionJobs
+from hostler_usage.history.retention_store import RetentionStore
+from hostler_usage.history.rollup_store import RollupStore
 from hostler_usage.jobs import Jobs
 from hostler_usage.metrics import Metrics
-from hostler_usage.normalise import Normaliser
-from hostler_usage.operation_store import OperationStore
-from hostler_usage.pace import Pace
-from hostler_usage.period_jobs import PeriodJobs
-from hostler_usage.period_store import PeriodStore
-from hostler_usage.price_store import PriceStore
-from hostler_usage.publish import Publisher
-from hostler_usage.report_store import ReportStore
-from hostler_usage.retention_jobs import RetentionJobs
-from hostler_usage.retention_store import RetentionStore
-from hostler_usage.rollup_store import RollupStore
+from hostler_usage.money import budgets_api, costs_api, price_books_api, project_groups_api
+from hostler_usage.money.budget_jobs import BudgetJobs
+from hostler_usage.money.costing import Costing
+from hostler_usage.money.price_store import PriceStore
+from hostler_usage.periods import periods_api
+from hostler_usage.periods.period_jobs import PeriodJobs
+from hostler_usage.periods.period_store import PeriodStore
+from hostler_usage.profiling import operations_api
+from hostler_usage.profiling.operation_store import OperationStore
+from hostler_usage.reading import import_api, mapping_file
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.settings import OWN, Settings
 from hostler_usage.store import Store
-from hostler_usage.websub import Lease
 
 PACKAGE = "hostler_usage"
 

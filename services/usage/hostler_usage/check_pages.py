@@ -12,17 +12,17 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from hostler_common import auth, errors, http, quarantine
 from hostler_usage import page_frame
-from hostler_usage.audit_report_store import (
+from hostler_usage.auditing.audit_report_store import (
     AuditFilter,
     AuditGroup,
     AuditReportRow,
     AuditReportStore,
 )
-from hostler_usage.audits import MEANINGS, Code, Status
+from hostler_usage.auditing.audits import MEANINGS, Code, Status
 from hostler_usage.charts import Chart, Column, Line, days_between, stack
-from hostler_usage.measures import hours
-from hostler_usage.operation_store import OperationFilter, OperationStore, Profile
+from hostler_usage.history.measures import hours
 from hostler_usage.page_frame import Filled, Marker, Name, in_utc, render
+from hostler_usage.profiling.operation_store import OperationFilter, OperationStore, Profile
 from hostler_usage.windows import window as checked_window
 
 ROWS_SHOWN: Final = 200

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from hostler_common import bus
-from hostler_usage.envelope import UnreadableError
-from hostler_usage.event import Event, Tally
-from hostler_usage.intake import read_delivery
+from hostler_usage.history.pace import Pace
 from hostler_usage.metrics import Metrics
-from hostler_usage.normalise import Normaliser
-from hostler_usage.pace import Pace
+from hostler_usage.reading.envelope import UnreadableError
+from hostler_usage.reading.event import Event, Tally
+from hostler_usage.reading.intake import read_delivery
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.settings import Source
 from hostler_usage.store import Store
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from hostler_common import logs
-from hostler_usage.fold_store import FoldStore
+from hostler_usage.history.fold_store import FoldStore
+from hostler_usage.history.pace import Pace
+from hostler_usage.history.report_store import ReportStore
+from hostler_usage.history.rollup_store import RollupStore
 from hostler_usage.metrics import Metrics
-from hostler_usage.pace import Pace
-from hostler_usage.report_store import ReportStore
-from hostler_usage.rollup_store import RollupStore
 from hostler_usage.store import Store
 
 log = logs.get(__name__)

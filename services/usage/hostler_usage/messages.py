@@ -8,8 +8,8 @@ with the durability the source says, for a declaration that differs silences the
 from typing import Final
 
 from hostler_common import bus
-from hostler_usage.budget_messages import BUDGET_THRESHOLD_CROSSED
-from hostler_usage.sample import USAGE_SAMPLED
+from hostler_usage.money.budget_messages import BUDGET_THRESHOLD_CROSSED
+from hostler_usage.reading.sample import USAGE_SAMPLED
 from hostler_usage.settings import Source
 
 # every priority: failed creates come as notifications.error

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from hostler_usage.event import Tally
+from hostler_usage.reading.event import Tally
 
 
 class Metrics:

@@ -18,17 +18,17 @@ from fastapi.responses import HTMLResponse
 from pydantic import StringConstraints
 
 from hostler_common import auth, http
-from hostler_usage import costing
-from hostler_usage.budget_standing import standings
 from hostler_usage.charts import Chart, days_between, stack
-from hostler_usage.costing import Book, Costing, Question, Share
-from hostler_usage.measures import hours
+from hostler_usage.history.measures import hours
+from hostler_usage.money import costing
+from hostler_usage.money.budget_standing import standings
+from hostler_usage.money.costing import Book, Costing, Question, Share
+from hostler_usage.money.price_book import NAME
+from hostler_usage.money.price_store import PriceBookNotFound
+from hostler_usage.money.rating import money
 from hostler_usage.page_frame import Filled, Marker, Month, Name, Shown, render, shown_month
-from hostler_usage.period import State
-from hostler_usage.period_store import PeriodStore, StoredPeriod
-from hostler_usage.price_book import NAME
-from hostler_usage.price_store import PriceBookNotFound
-from hostler_usage.rating import money
+from hostler_usage.periods.period import State
+from hostler_usage.periods.period_store import PeriodStore, StoredPeriod
 
 ROWS_SHOWN: Final = 200
 DRAWN: Final = 6

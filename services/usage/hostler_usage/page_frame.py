@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, StringConstraints
 
 from hostler_common import auth, errors
 from hostler_common.pages import Pages
-from hostler_usage.measures import Window
+from hostler_usage.history.measures import Window
 
 _MEDIA_TYPES: Final = {".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
 _STATIC: Final = {

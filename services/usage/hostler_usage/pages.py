@@ -19,12 +19,10 @@ from fastapi.responses import HTMLResponse
 
 from hostler_common import auth, errors, http, quarantine
 from hostler_usage import check_pages, money_pages, page_frame
-from hostler_usage.audit_report_store import AuditFilter, AuditGroup, AuditReportStore
+from hostler_usage.auditing.audit_report_store import AuditFilter, AuditGroup, AuditReportStore
 from hostler_usage.charts import Chart, Moment, Span, Timeline, days_between, stack, timeline
-from hostler_usage.event import event_id
-from hostler_usage.mapping import Mapping, Measure
-from hostler_usage.measures import Window, hours
-from hostler_usage.operation_store import OperationFilter, OperationStore, Profile
+from hostler_usage.history.measures import Window, hours
+from hostler_usage.history.report_store import EventFilter, ReportStore, UsageFilter, UsageRow
 from hostler_usage.page_frame import (
     Marker,
     Month,
@@ -36,9 +34,11 @@ from hostler_usage.page_frame import (
     shown_month,
     spelled,
 )
-from hostler_usage.report_store import EventFilter, ReportStore, UsageFilter, UsageRow
-from hostler_usage.statement import ResourceKey, ResourceType
-from hostler_usage.times import PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
+from hostler_usage.profiling.operation_store import OperationFilter, OperationStore, Profile
+from hostler_usage.reading.event import event_id
+from hostler_usage.reading.mapping import Mapping, Measure
+from hostler_usage.reading.statement import ResourceKey, ResourceType
+from hostler_usage.reading.times import PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
 
 PROJECTS_SUMMED: Final = 10_000
 TOP_SHOWN: Final = 20

@@ -19,8 +19,8 @@ from pydantic import (
 )
 
 from hostler_common import settings
-from hostler_usage import calendar_span
-from hostler_usage.envelope import MAX_BODY_BYTES
+from hostler_usage.history import calendar_span
+from hostler_usage.reading.envelope import MAX_BODY_BYTES
 
 OWN = "hostler"
 """The source of what hostler's own services and agents say."""

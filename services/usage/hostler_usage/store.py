@@ -16,9 +16,9 @@ from datetime import datetime
 import asyncpg
 
 from hostler_common import db
-from hostler_usage.event import Event, Origin, Tally
-from hostler_usage.row_set import key_columns
-from hostler_usage.statement import ResourceKey, encode
+from hostler_usage.history.row_set import key_columns
+from hostler_usage.reading.event import Event, Origin, Tally
+from hostler_usage.reading.statement import ResourceKey, encode
 
 _COLUMNS = (
     "event_time",

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
-from hostler_usage.envelope import Notification
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normaliser
-from hostler_usage.observation import Observation
-from hostler_usage.observe import observe
-from hostler_usage.statement import Evidence, ResourceType
+from hostler_usage.history.observation import Observation
+from hostler_usage.history.observe import observe
+from hostler_usage.reading.envelope import Notification
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
+from hostler_usage.reading.statement import Evidence, ResourceType
 
 Action = Literal["create", "resize", "stop", "start", "rebuild", "delete"]
 VolumeAction = Literal["create", "extend", "attach", "detach", "transfer", "delete"]

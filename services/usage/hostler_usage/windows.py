@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from hostler_common import errors
-from hostler_usage.measures import Window
+from hostler_usage.history.measures import Window
 
 
 class WindowInvalid(errors.Invalid):

@@ -16,10 +16,11 @@ import pytest_asyncio
 from aiohttp import web
 
 from hostler_common import servers, testing
-from hostler_precache import blobs, manifest, swarm, tokens
-from hostler_precache.blobs import Blob, BlobServer
-from hostler_precache.manifest import BlobId
+from hostler_precache.swarming import swarm, tokens
 from hostler_precache.testing import image_of
+from hostler_precache.transfer import blobs, manifest
+from hostler_precache.transfer.blobs import Blob, BlobServer
+from hostler_precache.transfer.manifest import BlobId
 
 PIECE = manifest.MIN_PIECE_BYTES
 DATA = image_of(5 * PIECE + 100)
@@ -396,7 +397,7 @@ async def test_a_token_that_was_seen_opens_nothing_once_it_has_expired(
     short = f"Bearer {token(seconds=3600)}"
     assert (await client.range("0-9", authorization=short))[0] == 206
     now = time.time()
-    monkeypatch.setattr("hostler_precache.blobs.time.time", lambda: now + 3601)
+    monkeypatch.setattr("hostler_precache.transfer.blobs.time.time", lambda: now + 3601)
     assert (await client.range("0-9", authorization=short))[0] == 403
 
 

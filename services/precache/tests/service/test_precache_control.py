@@ -18,18 +18,19 @@ import pytest_asyncio
 import yarl
 
 from hostler_common import auth, client, db, errors
-from hostler_precache import protocol, rollout
-from hostler_precache.distribution_store import DistributionStore
-from hostler_precache.distributions import DistributionId, Policy, PolicyId
+from hostler_precache import protocol
+from hostler_precache.distribution import rollout
+from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.distributions import DistributionId, Policy, PolicyId
+from hostler_precache.distribution.policy_store import PolicyStore
+from hostler_precache.distribution.rollout import Rollout, Targets, Verdict
 from hostler_precache.images import Image, Verification
 from hostler_precache.jobs import Pipeline
-from hostler_precache.manifest import BlobId, ImageId
-from hostler_precache.plugins import SourceError
-from hostler_precache.policy_store import PolicyStore
-from hostler_precache.rollout import Rollout, Targets, Verdict
+from hostler_precache.sources.plugins import SourceError
 from hostler_precache.store import ImageNotFound, Store
-from hostler_precache.swarm_store import SwarmStore
-from hostler_precache.tracker import Tracker
+from hostler_precache.swarming.swarm_store import SwarmStore
+from hostler_precache.swarming.tracker import Tracker
+from hostler_precache.transfer.manifest import BlobId, ImageId
 
 IMAGE = "image-1"
 MAX = 2**63 - 1

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from hostler_common import errors, testing
-from hostler_precache import fetchers, listers
+from hostler_precache.sources import fetchers, listers
 
 MIB = 1 << 20
 Over = Callable[..., Awaitable[dict[str, Any]]]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from hostler_common import servers, testing
-from hostler_precache import keeper
 from hostler_precache import testing as precache_testing
-from hostler_precache.download import Download
-from hostler_precache.pieces import PieceStore
+from hostler_precache.placing import keeper
+from hostler_precache.transfer.download import Download
+from hostler_precache.transfer.pieces import PieceStore
 
 MIB = 1 << 20
 PIECE = 256 * 1024

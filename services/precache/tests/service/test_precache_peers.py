@@ -22,11 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostler_common import testing
-from hostler_precache import connections, manifest, pieces
-from hostler_precache.connections import STALL_SECONDS, Connections
-from hostler_precache.manifest import BlobId
-from hostler_precache.peers import HttpPeerClient, PeerBusyError, PeerError, PieceMissingError
-from hostler_precache.swarm import News
+from hostler_precache.swarming.swarm import News
+from hostler_precache.transfer import connections, manifest, pieces
+from hostler_precache.transfer.connections import STALL_SECONDS, Connections
+from hostler_precache.transfer.manifest import BlobId
+from hostler_precache.transfer.peers import (
+    HttpPeerClient,
+    PeerBusyError,
+    PeerError,
+    PieceMissingError,
+)
 
 BLOB = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
 PIECE = 1 << 20

@@ -12,12 +12,13 @@ import pytest
 from aiohttp import web
 
 from hostler_common import servers
-from hostler_precache import manifest, pieces, tokens
-from hostler_precache.blobs import BlobServer
-from hostler_precache.distributions import BlobRecord, BlobState
-from hostler_precache.manifest import BlobId
-from hostler_precache.seed import Seed
+from hostler_precache.distribution.distributions import BlobRecord, BlobState
+from hostler_precache.swarming import tokens
 from hostler_precache.testing import image_of
+from hostler_precache.transfer import manifest, pieces
+from hostler_precache.transfer.blobs import BlobServer
+from hostler_precache.transfer.manifest import BlobId
+from hostler_precache.transfer.seed import Seed
 
 PIECE = manifest.MIN_PIECE_BYTES
 KEY = bytes(range(32))

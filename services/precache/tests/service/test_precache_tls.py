@@ -13,12 +13,13 @@ import pytest
 from aiohttp import web
 
 from hostler_common import servers, settings, testing
-from hostler_precache import manifest, pieces, tls, tokens
-from hostler_precache.blobs import Blob, BlobServer
-from hostler_precache.connections import Connections
-from hostler_precache.manifest import BlobId
-from hostler_precache.peers import HttpPeerClient, PeerError
+from hostler_precache.swarming import tokens
 from hostler_precache.testing import certificate_files, image_of
+from hostler_precache.transfer import manifest, pieces, tls
+from hostler_precache.transfer.blobs import Blob, BlobServer
+from hostler_precache.transfer.connections import Connections
+from hostler_precache.transfer.manifest import BlobId
+from hostler_precache.transfer.peers import HttpPeerClient, PeerError
 
 BLOB = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
 KEY = bytes(range(32))

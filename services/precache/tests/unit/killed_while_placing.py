@@ -15,12 +15,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from hostler_precache import manifest, pieces
-from hostler_precache.manifest import BlobId, ImageId
-from hostler_precache.nova_conf import NovaConf
-from hostler_precache.nova_placer import NovaPlacer
-from hostler_precache.placement import Wanted
-from hostler_precache.shelf import Shelf
+from hostler_precache.placing.nova_conf import NovaConf
+from hostler_precache.placing.nova_placer import NovaPlacer
+from hostler_precache.placing.placement import Wanted
+from hostler_precache.placing.shelf import Shelf
+from hostler_precache.transfer import manifest, pieces
+from hostler_precache.transfer.manifest import BlobId, ImageId
 
 WANTED = Wanted(
     image_id=ImageId("155d900f-4e14-4e4c-a73d-069cbf4541e6"),

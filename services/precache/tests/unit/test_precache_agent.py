@@ -9,11 +9,11 @@ from pydantic import SecretStr
 
 from hostler_common import servers, testing
 from hostler_precache.agent import CacheAgent
-from hostler_precache.blobs import BlobServer
 from hostler_precache.metrics import AgentMetrics
-from hostler_precache.pieces import BusyError
+from hostler_precache.placing.shelf import Shelf, open_shelf
 from hostler_precache.settings import AgentSettings
-from hostler_precache.shelf import Shelf, open_shelf
+from hostler_precache.transfer.blobs import BlobServer
+from hostler_precache.transfer.pieces import BusyError
 
 
 def is_looked_after(shelf: Shelf) -> bool:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from hostler_precache import manifest, swarm
-from hostler_precache.blobs import Blob
-from hostler_precache.download import Download
-from hostler_precache.manifest import BlobId
-from hostler_precache.peers import PeerBusyError, PeerError, PieceMissingError
-from hostler_precache.pieces import PieceStore
+from hostler_precache.swarming import swarm
 from hostler_precache.testing import image_of
+from hostler_precache.transfer import manifest
+from hostler_precache.transfer.blobs import Blob
+from hostler_precache.transfer.download import Download
+from hostler_precache.transfer.manifest import BlobId
+from hostler_precache.transfer.peers import PeerBusyError, PeerError, PieceMissingError
+from hostler_precache.transfer.pieces import PieceStore
 
 PIECE = manifest.MIN_PIECE_BYTES
 DATA = image_of(6 * PIECE + 5)

@@ -6,8 +6,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_precache import eviction
-from hostler_precache.eviction import Held, Plan, Quota, Refusal
+from hostler_precache.placing import eviction
+from hostler_precache.placing.eviction import Held, Plan, Quota, Refusal
 
 SIZES = st.integers(0, 1000)
 

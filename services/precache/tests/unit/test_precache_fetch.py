@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostler_common.testing import eventually
-from hostler_precache import conversion, fetchers, images, manifest, pieces, plugins, testing
-from hostler_precache.fetch import Fetched, fetch
+from hostler_precache import images, testing
 from hostler_precache.images import Image, SourceHash, Verification
-from hostler_precache.source import Hole, Part, Source, SourceError
+from hostler_precache.sources import conversion, fetchers, plugins
+from hostler_precache.sources.fetch import Fetched, fetch
+from hostler_precache.sources.source import Hole, Part, Source, SourceError
+from hostler_precache.transfer import manifest, pieces
 
 KIB, MIB = 1 << 10, 1 << 20
 IMAGE = images.image_id("debian")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from hostler_common import bus
-from hostler_precache import glance_events, images
+from hostler_precache import images
+from hostler_precache.sources import glance_events
 
 IMAGE = "155d900f-4e14-4e4c-a73d-069cbf4541e6"
 

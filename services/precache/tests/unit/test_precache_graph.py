@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_precache.graph import DEGREE, Graph
+from hostler_precache.swarming.graph import DEGREE, Graph
 
 HOSTS = st.dictionaries(
     st.text("abcdefgh", min_size=1, max_size=4), st.sampled_from(["r1", "r2", None]), max_size=60

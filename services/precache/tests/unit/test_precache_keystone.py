@@ -14,11 +14,12 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from hostler_common import settings as common_settings
-from hostler_precache import cloud, testing
-from hostler_precache.access import ByKeystone, Service
-from hostler_precache.keystone import ApplicationCredential, Keystone, Password
+from hostler_precache import testing
 from hostler_precache.settings import Settings
-from hostler_precache.source import SourceError
+from hostler_precache.sources import cloud
+from hostler_precache.sources.access import ByKeystone, Service
+from hostler_precache.sources.keystone import ApplicationCredential, Keystone, Password
+from hostler_precache.sources.source import SourceError
 
 NOW = datetime(2026, 5, 8, 12, tzinfo=UTC)
 CREDENTIAL = ApplicationCredential(credential_id="ac", secret=SecretStr("secret"))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_precache import manifest
+from hostler_precache.transfer import manifest
 
 PIECE = manifest.MIN_PIECE_BYTES
 

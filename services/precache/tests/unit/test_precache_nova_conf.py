@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hostler_precache import nova_conf
-from hostler_precache.nova_conf import NovaConf, NovaConfError
+from hostler_precache.placing import nova_conf
+from hostler_precache.placing.nova_conf import NovaConf, NovaConfError
 
 
 def read(tmp_path: Path, *texts: str) -> NovaConf:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostler_precache import manifest, pieces, swarm
-from hostler_precache.manifest import BlobId
+from hostler_precache.swarming import swarm
+from hostler_precache.transfer import manifest, pieces
+from hostler_precache.transfer.manifest import BlobId
 
 PIECE = manifest.MIN_PIECE_BYTES
 BLOB = BlobId("5a0e1d0e-0000-4000-8000-000000000001")

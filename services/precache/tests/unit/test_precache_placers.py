@@ -17,14 +17,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hostler_common.settings import SettingsError
-from hostler_precache import backing, nova_lock, ownership, placement, placers
-from hostler_precache.ironic_placer import FetchingError, IronicPlacer
-from hostler_precache.manifest import BlobId, ImageId
-from hostler_precache.nova_conf import NovaConf
-from hostler_precache.nova_placer import NovaPlacer
-from hostler_precache.ownership import NotPermittedError
-from hostler_precache.placement import UnsupportedError, UsersUnknownError, Wanted
+from hostler_precache.placing import backing, nova_lock, ownership, placement, placers
+from hostler_precache.placing.ironic_placer import FetchingError, IronicPlacer
+from hostler_precache.placing.nova_conf import NovaConf
+from hostler_precache.placing.nova_placer import NovaPlacer
+from hostler_precache.placing.ownership import NotPermittedError
+from hostler_precache.placing.placement import UnsupportedError, UsersUnknownError, Wanted
 from hostler_precache.settings import AgentSettings
+from hostler_precache.transfer.manifest import BlobId, ImageId
 
 IMAGE = ImageId("155d900f-4e14-4e4c-a73d-069cbf4541e6")
 NOBODY = 65534

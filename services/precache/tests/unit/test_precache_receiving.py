@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hostler_precache import receiving, swarm
-from hostler_precache.receiving import Receiver, Request
-from hostler_precache.swarm import News
+from hostler_precache.swarming import receiving, swarm
+from hostler_precache.swarming.receiving import Receiver, Request
+from hostler_precache.swarming.swarm import News
 
 COUNT = 24
 ALL = (1 << COUNT) - 1

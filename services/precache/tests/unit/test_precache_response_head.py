@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_precache import response_head
-from hostler_precache.manifest import Span
-from hostler_precache.response_head import Head, HeadError
+from hostler_precache.transfer import response_head
+from hostler_precache.transfer.manifest import Span
+from hostler_precache.transfer.response_head import Head, HeadError
 
 PIECE = [
     b"HTTP/1.1 206 Partial Content",

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_precache import bound, rollout
-from hostler_precache.rollout import Verdict, Window
+from hostler_precache.distribution import bound, rollout
+from hostler_precache.distribution.rollout import Verdict, Window
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NIGHT = Window(start=time(22), stop=time(6), time_zone="Europe/Berlin")

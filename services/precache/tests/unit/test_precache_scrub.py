@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from hostler_precache import keeper, manifest, pieces, scrub, testing
-from hostler_precache.manifest import BlobId, ImageId, Manifest
+from hostler_precache import testing
 from hostler_precache.metrics import AgentMetrics
-from hostler_precache.pieces import PieceStoreError
-from hostler_precache.placement import Wanted
-from hostler_precache.placers import DirectoryPlacer
-from hostler_precache.scrub import Pace
+from hostler_precache.placing import keeper, scrub
+from hostler_precache.placing.placement import Wanted
+from hostler_precache.placing.placers import DirectoryPlacer
+from hostler_precache.placing.scrub import Pace
+from hostler_precache.placing.shelf import Shelf
+from hostler_precache.placing.shelf_records import Record
 from hostler_precache.settings import AgentSettings
-from hostler_precache.shelf import Shelf
-from hostler_precache.shelf_records import Record
+from hostler_precache.transfer import manifest, pieces
+from hostler_precache.transfer.manifest import BlobId, ImageId, Manifest
+from hostler_precache.transfer.pieces import PieceStoreError
 
 PIECE = manifest.MIN_PIECE_BYTES
 DATA = testing.image_of(3 * PIECE + 99, seed=3)

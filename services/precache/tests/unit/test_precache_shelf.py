@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from hostler_precache import manifest, nova_lock, pieces
-from hostler_precache.eviction import Quota
-from hostler_precache.ironic_placer import IronicPlacer
-from hostler_precache.manifest import BlobId, ImageId, Manifest
-from hostler_precache.nova_conf import NovaConf
-from hostler_precache.nova_placer import NovaPlacer
-from hostler_precache.ownership import NotPermittedError
-from hostler_precache.pieces import BusyError, NoSpaceError, TargetExistsError
-from hostler_precache.placement import Outcome, Placer, UnsupportedError, Wanted
-from hostler_precache.placers import DirectoryPlacer
-from hostler_precache.shelf import Shelf
-from hostler_precache.shelf_room import QuotaError
+from hostler_precache.placing import nova_lock
+from hostler_precache.placing.eviction import Quota
+from hostler_precache.placing.ironic_placer import IronicPlacer
+from hostler_precache.placing.nova_conf import NovaConf
+from hostler_precache.placing.nova_placer import NovaPlacer
+from hostler_precache.placing.ownership import NotPermittedError
+from hostler_precache.placing.placement import Outcome, Placer, UnsupportedError, Wanted
+from hostler_precache.placing.placers import DirectoryPlacer
+from hostler_precache.placing.shelf import Shelf
+from hostler_precache.placing.shelf_room import QuotaError
+from hostler_precache.transfer import manifest, pieces
+from hostler_precache.transfer.manifest import BlobId, ImageId, Manifest
+from hostler_precache.transfer.pieces import BusyError, NoSpaceError, TargetExistsError
 
 PIECE = manifest.MIN_PIECE_BYTES
 DATA = random.Random(1).randbytes(2 * PIECE + 4321)

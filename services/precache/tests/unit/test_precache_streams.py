@@ -17,11 +17,12 @@ import pytest_asyncio
 from aiohttp import web
 from pydantic import SecretStr
 
-from hostler_precache import fetchers, images, listers, plugins, testing
-from hostler_precache.access import TempAuth
-from hostler_precache.fetch import Fetched, fetch
+from hostler_precache import images, testing
 from hostler_precache.images import Image, SourceHash, Verification
-from hostler_precache.source import SourceError
+from hostler_precache.sources import fetchers, listers, plugins
+from hostler_precache.sources.access import TempAuth
+from hostler_precache.sources.fetch import Fetched, fetch
+from hostler_precache.sources.source import SourceError
 
 MIB = 1 << 20
 DATA = testing.image_of(3 * MIB + 77)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hostler_precache import swarm
+from hostler_precache.swarming import swarm
 
 PIECES = st.integers(min_value=0, max_value=2**40 - 1)
 

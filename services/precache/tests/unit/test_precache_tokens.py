@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_precache import tokens
+from hostler_precache.swarming import tokens
 
 KEY = bytes(range(32))
 GRANT = tokens.Grant(blob_id="blob-1", distribution_id="dist-1", expires_at=1000)

@@ -6,9 +6,14 @@ import uuid
 from typing import Any, cast
 
 from hostler_precache import protocol
-from hostler_precache.distributions import DistributionId, Member, SwarmRecord, SwarmRule
-from hostler_precache.manifest import BlobId
-from hostler_precache.tracker import Tracker
+from hostler_precache.distribution.distributions import (
+    DistributionId,
+    Member,
+    SwarmRecord,
+    SwarmRule,
+)
+from hostler_precache.swarming.tracker import Tracker
+from hostler_precache.transfer.manifest import BlobId
 
 ONE, OTHER = BlobId("one"), BlobId("other")
 DISTRIBUTION = DistributionId(uuid.uuid4())

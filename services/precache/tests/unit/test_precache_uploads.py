@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from hostler_precache import swarm, uploads
+from hostler_precache.swarming import swarm, uploads
 
 
 @asynccontextmanager

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_precache import envelope, images, placement
-from hostler_precache.manifest import ImageId
+from hostler_precache import envelope, images
+from hostler_precache.placing import placement
+from hostler_precache.transfer.manifest import ImageId
 
 
 @pytest.mark.parametrize(

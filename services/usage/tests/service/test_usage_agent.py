@@ -18,7 +18,7 @@ from hostler_common import agent as agent_module
 from hostler_common import client, servers, settings
 from hostler_common.testing import eventually, wait_ready
 from hostler_usage import agent
-from hostler_usage.sample import SampleReport
+from hostler_usage.reading.sample import SampleReport
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 UUID = uuid.UUID("7d5a3f52-8a6e-4f0a-9a50-0f4b5c9d7e01")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from hostler_common import client, errors, testing
 from hostler_common.testing import RunningService
 from hostler_usage.__main__ import main
-from hostler_usage.ledger_testing import brief_instance, brief_volume
+from hostler_usage.history.ledger_testing import brief_instance, brief_volume
 from hostler_usage.testing import LARGE, InstanceLife, Step
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)

@@ -16,17 +16,18 @@ from typer.testing import CliRunner
 
 from hostler_common import client, db, errors
 from hostler_common.testing import eventually
-from hostler_usage import audits_api, audits_cli, operations_api
-from hostler_usage.audit_check_store import AuditCheckStore
-from hostler_usage.audit_jobs import AuditJobs
-from hostler_usage.audit_report_store import AuditFilter, AuditReportStore
-from hostler_usage.audit_store import mark_for_check, replace_verdicts
-from hostler_usage.audits import AuditStatement, Status, Told
-from hostler_usage.intervals import Interval, Provenance
+from hostler_usage.auditing import audits_api, audits_cli
+from hostler_usage.auditing.audit_check_store import AuditCheckStore
+from hostler_usage.auditing.audit_jobs import AuditJobs
+from hostler_usage.auditing.audit_report_store import AuditFilter, AuditReportStore
+from hostler_usage.auditing.audit_store import mark_for_check, replace_verdicts
+from hostler_usage.auditing.audits import AuditStatement, Status, Told
+from hostler_usage.auditing.reconciliation import reconcile
+from hostler_usage.history.intervals import Interval, Provenance
 from hostler_usage.metrics import Metrics
-from hostler_usage.operation_store import OperationStore
-from hostler_usage.reconciliation import reconcile
-from hostler_usage.statement import Evidence, ResourceKey, ResourceType, Scalar
+from hostler_usage.profiling import operations_api
+from hostler_usage.profiling.operation_store import OperationStore
+from hostler_usage.reading.statement import Evidence, ResourceKey, ResourceType, Scalar
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 LONG_AFTER = datetime(2099, 1, 1, tzinfo=UTC)  # every period has settled, and none is expected

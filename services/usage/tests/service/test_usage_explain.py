@@ -16,18 +16,18 @@ import typer
 from typer.testing import CliRunner
 
 from hostler_common import client, db, errors
-from hostler_usage import explain, explain_api, explain_cli
-from hostler_usage.budget import Membership
-from hostler_usage.event import Origin
-from hostler_usage.explain import HeldPart
-from hostler_usage.explain_store import ExplainStore, Explanation, Question
-from hostler_usage.ledger_testing import Ledger, event, instance, with_bandwidth
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import Window
-from hostler_usage.normalise import Normaliser
-from hostler_usage.price_store import PriceStore
-from hostler_usage.report_store import Scope, UsageFilter
-from hostler_usage.rollup_store import RollupStore
+from hostler_usage.explaining import explain, explain_api, explain_cli
+from hostler_usage.explaining.explain import HeldPart
+from hostler_usage.explaining.explain_store import ExplainStore, Explanation, Question
+from hostler_usage.history.ledger_testing import Ledger, event, instance, with_bandwidth
+from hostler_usage.history.measures import Window
+from hostler_usage.history.report_store import Scope, UsageFilter
+from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.money.budget import Membership
+from hostler_usage.money.price_store import PriceStore
+from hostler_usage.reading.event import Origin
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.testing import (
     LARGE,
     SMALL,

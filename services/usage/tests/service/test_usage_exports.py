@@ -25,14 +25,15 @@ from typer.testing import CliRunner
 
 from hostler_common import client, db, errors, testing
 from hostler_common.testing import RunningService
-from hostler_usage import export_store, focus, mapping_file
 from hostler_usage.__main__ import main
-from hostler_usage.export_store import ExportStore
-from hostler_usage.exports import MOST_AT_ONCE, focus_charges
-from hostler_usage.focus_pricing import Pricing
-from hostler_usage.measures import Window
-from hostler_usage.price_book import price_book
-from hostler_usage.report_store import ReportStore, UsageFilter
+from hostler_usage.exporting import export_store, focus
+from hostler_usage.exporting.export_store import ExportStore
+from hostler_usage.exporting.exports import MOST_AT_ONCE, focus_charges
+from hostler_usage.exporting.focus_pricing import Pricing
+from hostler_usage.history.measures import Window
+from hostler_usage.history.report_store import ReportStore, UsageFilter
+from hostler_usage.money.price_book import price_book
+from hostler_usage.reading import mapping_file
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step, VolumeLife, VolumeStep
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)

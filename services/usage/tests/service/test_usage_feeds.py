@@ -16,10 +16,10 @@ import pytest_asyncio
 
 from hostler_common import db, testing
 from hostler_common.testing import RunningService
-from hostler_usage import feed_store
-from hostler_usage.atom_testing import ReadFeed, read
-from hostler_usage.feed import Feed, Kind
-from hostler_usage.feeds_testing import Feeds, instance_event, open_feeds, stored_event
+from hostler_usage.feeds import feed_store
+from hostler_usage.feeds.atom_testing import ReadFeed, read
+from hostler_usage.feeds.feed import Feed, Kind
+from hostler_usage.feeds.feeds_testing import Feeds, instance_event, open_feeds, stored_event
 from hostler_usage.testing import Message
 
 NOON = datetime(2026, 5, 8, 12, tzinfo=UTC)

@@ -15,13 +15,13 @@ import pytest
 
 from hostler_common import client, db, errors
 from hostler_common.testing import RunningService
-from hostler_usage.budget import Membership
-from hostler_usage.ledger_testing import Ledger, with_bandwidth
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import Window
-from hostler_usage.price_store import PriceStore
-from hostler_usage.report_store import ReportStore, UsageFilter, UsageRow
-from hostler_usage.rollup_store import RollupStore
+from hostler_usage.history.ledger_testing import Ledger, with_bandwidth
+from hostler_usage.history.measures import Window
+from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
+from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.money.budget import Membership
+from hostler_usage.money.price_store import PriceStore
+from hostler_usage.reading.mapping_file import packaged
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)

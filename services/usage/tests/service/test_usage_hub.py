@@ -19,10 +19,10 @@ import pytest_asyncio
 
 from hostler_common import db, servers, testing
 from hostler_common.testing import RunningService
-from hostler_usage import hub_deliver
-from hostler_usage.atom_testing import read
-from hostler_usage.callbacks import CallFailedError, open_callbacks
-from hostler_usage.feeds_testing import (
+from hostler_usage.feeds import hub_deliver
+from hostler_usage.feeds.atom_testing import read
+from hostler_usage.feeds.callbacks import CallFailedError, open_callbacks
+from hostler_usage.feeds.feeds_testing import (
     LOOPBACK,
     Feeds,
     Subscriber,
@@ -30,8 +30,8 @@ from hostler_usage.feeds_testing import (
     open_feeds,
     open_subscriber,
 )
+from hostler_usage.feeds.websub import Lease
 from hostler_usage.testing import Message
-from hostler_usage.websub import Lease
 
 NOON = datetime(2026, 5, 8, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -569,7 +569,7 @@ async def test_replicas_share_the_work(database_url: str, tmp_path: Path) -> Non
 VICTIM = """
 import asyncio, sys
 from pathlib import Path
-from hostler_usage.feeds_testing import open_feeds
+from hostler_usage.feeds.feeds_testing import open_feeds
 
 async def main():
     async with open_feeds(sys.argv[1], Path(sys.argv[2])) as feeds:

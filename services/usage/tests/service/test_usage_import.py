@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from hostler_common import auth, bus, client, errors, testing
 from hostler_common.testing import RunningService
-from hostler_usage import import_api, import_cli
-from hostler_usage.event import Event, Tally
-from hostler_usage.intake import read_delivery
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normaliser
+from hostler_usage.reading import import_api, import_cli
+from hostler_usage.reading.event import Event, Tally
+from hostler_usage.reading.intake import read_delivery
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.testing import (
     LARGE,
     SMALL,

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from hostler_common import client, db, errors
-from hostler_usage import operations_api
-from hostler_usage.mapping import Phase
-from hostler_usage.operation_store import OperationStore, replace_operations
-from hostler_usage.operations import Mark, pair
-from hostler_usage.statement import Evidence, ResourceKey, ResourceType
+from hostler_usage.profiling import operations_api
+from hostler_usage.profiling.operation_store import OperationStore, replace_operations
+from hostler_usage.profiling.operations import Mark, pair
+from hostler_usage.reading.mapping import Phase
+from hostler_usage.reading.statement import Evidence, ResourceKey, ResourceType
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 SECOND = timedelta(seconds=1)

@@ -20,18 +20,18 @@ from typer.testing import CliRunner
 
 from hostler_common import client, db, errors
 from hostler_common.testing import eventually
-from hostler_usage import periods_api, periods_cli
-from hostler_usage.event import Origin
-from hostler_usage.ledger_testing import Ledger, event, instance, with_bandwidth
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import Window
-from hostler_usage.normalise import Normaliser
-from hostler_usage.period import LineKey
-from hostler_usage.period_jobs import PeriodJobs
-from hostler_usage.period_store import PeriodBlocked, PeriodClosed, PeriodStore
-from hostler_usage.report_store import UsageFilter
-from hostler_usage.rollup_store import RollupStore
-from hostler_usage.statement import ResourceKey
+from hostler_usage.history.ledger_testing import Ledger, event, instance, with_bandwidth
+from hostler_usage.history.measures import Window
+from hostler_usage.history.report_store import UsageFilter
+from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.periods import periods_api, periods_cli
+from hostler_usage.periods.period import LineKey
+from hostler_usage.periods.period_jobs import PeriodJobs
+from hostler_usage.periods.period_store import PeriodBlocked, PeriodClosed, PeriodStore
+from hostler_usage.reading.event import Origin
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
+from hostler_usage.reading.statement import ResourceKey
 from hostler_usage.testing import (
     LARGE,
     MEDIUM,
@@ -502,9 +502,9 @@ DIES = """
 import asyncio, os, signal, sys
 from datetime import UTC, datetime, timedelta
 from hostler_common import db
-from hostler_usage import period_store
-from hostler_usage.ledger_testing import Ledger, event, instance, with_bandwidth
-from hostler_usage.mapping_file import packaged
+from hostler_usage.periods import period_store
+from hostler_usage.history.ledger_testing import Ledger, event, instance, with_bandwidth
+from hostler_usage.reading.mapping_file import packaged
 
 url, where = sys.argv[1:]
 wrapped = getattr(period_store, where)

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from hostler_common import client, db, errors, testing
 from hostler_common.testing import RunningService
 from hostler_usage.__main__ import main
-from hostler_usage.budget import Subject
-from hostler_usage.budget_messages import crossing_message
-from hostler_usage.ledger_testing import brief_instance, brief_volume
-from hostler_usage.price_store import Crossing, PriceStore
+from hostler_usage.history.ledger_testing import brief_instance, brief_volume
+from hostler_usage.money.budget import Subject
+from hostler_usage.money.budget_messages import crossing_message
+from hostler_usage.money.price_store import Crossing, PriceStore
 from hostler_usage.testing import LARGE, InstanceLife, Step
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)

@@ -18,21 +18,21 @@ import pytest
 from hypothesis import strategies as st
 
 from hostler_common import bus, db, testing
-from hostler_usage import mapping_file
-from hostler_usage.event import Event
-from hostler_usage.fold_store import FoldStore
-from hostler_usage.intake import read_delivery
-from hostler_usage.mapping import Mapping
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normaliser
-from hostler_usage.rebuild_store import (
+from hostler_usage.history.fold_store import FoldStore
+from hostler_usage.history.rebuild_store import (
     DERIVED,
     REWRITING,
     RebuildStore,
     note_mapping,
     settle_mapping,
 )
-from hostler_usage.rollup_store import RollupStore
+from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.reading import mapping_file
+from hostler_usage.reading.event import Event
+from hostler_usage.reading.intake import read_delivery
+from hostler_usage.reading.mapping import Mapping
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.store import Store
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step, VolumeLife, VolumeStep
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from hostler_common import client, errors
 from hostler_common.testing import RunningService
-from hostler_usage import reports_api
 from hostler_usage.__main__ import main
+from hostler_usage.exporting import reports_api
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step, VolumeLife, VolumeStep
 
 NOW = datetime.now(UTC).replace(microsecond=0)

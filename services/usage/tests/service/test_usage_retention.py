@@ -11,17 +11,17 @@ import pytest
 from prometheus_client import Counter
 
 from hostler_common import bus, db, testing
-from hostler_usage.event import Event, Tally
-from hostler_usage.feed_store import FeedStore
-from hostler_usage.fold_store import FoldStore
-from hostler_usage.intake import read_delivery
+from hostler_usage.feeds.feed_store import FeedStore
+from hostler_usage.history.fold_store import FoldStore
+from hostler_usage.history.rebuild_store import REWRITING, RebuildStore
+from hostler_usage.history.retention import Month, expired
+from hostler_usage.history.retention_jobs import RetentionJobs
+from hostler_usage.history.retention_store import Dropped, RetentionStore
 from hostler_usage.jobs import months
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normaliser
-from hostler_usage.rebuild_store import REWRITING, RebuildStore
-from hostler_usage.retention import Month, expired
-from hostler_usage.retention_jobs import RetentionJobs
-from hostler_usage.retention_store import Dropped, RetentionStore
+from hostler_usage.reading.event import Event, Tally
+from hostler_usage.reading.intake import read_delivery
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.store import Store
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step
 

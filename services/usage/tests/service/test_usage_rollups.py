@@ -8,14 +8,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from hostler_common import db
-from hostler_usage.envelope import open_body
-from hostler_usage.event import Event, Origin
-from hostler_usage.fold_store import FoldStore
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import Window
-from hostler_usage.normalise import Normaliser
-from hostler_usage.report_store import ReportStore, UsageFilter, UsageRow
-from hostler_usage.rollup_store import RollupStore
+from hostler_usage.history.fold_store import FoldStore
+from hostler_usage.history.measures import Window
+from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
+from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.reading.envelope import open_body
+from hostler_usage.reading.event import Event, Origin
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.store import Store
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step
 

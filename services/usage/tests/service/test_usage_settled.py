@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from hostler_common import bus, db
-from hostler_usage.event import Event
-from hostler_usage.fold_store import FoldStore
-from hostler_usage.intake import read_delivery
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normaliser
+from hostler_usage.history.fold_store import FoldStore
+from hostler_usage.reading.event import Event
+from hostler_usage.reading.intake import read_delivery
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.store import Store
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step
 

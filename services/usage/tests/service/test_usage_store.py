@@ -13,14 +13,14 @@ from itertools import pairwise
 import pytest
 
 from hostler_common import db, testing
-from hostler_usage.envelope import open_body
-from hostler_usage.event import Event, Origin, Tally
-from hostler_usage.fold_store import FoldStore
+from hostler_usage.history.fold_store import FoldStore
+from hostler_usage.history.measures import Window
+from hostler_usage.history.report_store import ReportStore, UsageFilter
 from hostler_usage.jobs import months
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import Window
-from hostler_usage.normalise import Normaliser
-from hostler_usage.report_store import ReportStore, UsageFilter
+from hostler_usage.reading.envelope import open_body
+from hostler_usage.reading.event import Event, Origin, Tally
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.store import Store
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage.amounts import Amount, amounts
-from hostler_usage.intervals import Interval, Provenance
-from hostler_usage.mapping import Edge, Measure, Reading
-from hostler_usage.measures import Window, totals
-from hostler_usage.statement import CounterReading, Evidence, Statement
-from hostler_usage.times import MICROSECOND
+from hostler_usage.history.amounts import Amount, amounts
+from hostler_usage.history.intervals import Interval, Provenance
+from hostler_usage.history.measures import Window, totals
+from hostler_usage.reading.mapping import Edge, Measure, Reading
+from hostler_usage.reading.statement import CounterReading, Evidence, Statement
+from hostler_usage.reading.times import MICROSECOND
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)

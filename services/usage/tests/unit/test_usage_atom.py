@@ -16,10 +16,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from lxml import etree
 
-from hostler_usage import atom
-from hostler_usage.atom import Document, Entry, Link, entry_id, render
-from hostler_usage.atom_testing import ATOM, faults, read
-from hostler_usage.feed import (
+from hostler_usage.feeds import atom
+from hostler_usage.feeds.atom import Document, Entry, Link, entry_id, render
+from hostler_usage.feeds.atom_testing import ATOM, faults, read
+from hostler_usage.feeds.feed import (
     EVENT_TYPE_PATTERN,
     Feed,
     Item,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage.absences import Known, absences, expected_periods
-from hostler_usage.audits import (
+from hostler_usage.auditing.absences import Known, absences, expected_periods
+from hostler_usage.auditing.audits import (
     MEANINGS,
     AuditStatement,
     Code,
@@ -24,13 +24,13 @@ from hostler_usage.audits import (
     launch,
     whole_periods,
 )
-from hostler_usage.envelope import open_body
-from hostler_usage.intervals import Interval, Provenance
-from hostler_usage.ledger import reckon
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normaliser
-from hostler_usage.reconciliation import reconcile, reconcile_said
-from hostler_usage.statement import Evidence, Scalar, Statement
+from hostler_usage.auditing.reconciliation import reconcile, reconcile_said
+from hostler_usage.history.intervals import Interval, Provenance
+from hostler_usage.history.ledger import reckon
+from hostler_usage.reading.envelope import open_body
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
+from hostler_usage.reading.statement import Evidence, Scalar, Statement
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step, VolumeLife, VolumeStep
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)

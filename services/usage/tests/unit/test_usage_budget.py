@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage.budget import (
+from hostler_usage.history.calendar_span import Span
+from hostler_usage.money.budget import (
     Budget,
     Limit,
     Membership,
@@ -20,9 +21,8 @@ from hostler_usage.budget import (
     overlapping,
     state,
 )
-from hostler_usage.calendar_span import Span
-from hostler_usage.document import DocumentError
-from hostler_usage.mapping import Measure
+from hostler_usage.money.document import DocumentError
+from hostler_usage.reading.mapping import Measure
 
 MAY = datetime(2026, 5, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostler_common import errors
-from hostler_usage.document_text import MAX_BYTES, DocumentUnreadable, plain, read
+from hostler_usage.money.document_text import MAX_BYTES, DocumentUnreadable, plain, read
 
 
 def yaml(text: str) -> object:

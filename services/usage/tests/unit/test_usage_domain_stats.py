@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hostler_usage import agent, domain_stats
-from hostler_usage.domain_stats import Disk, Domain, DomainState, Interface
-from hostler_usage.sample import SAMPLES_PER_REPORT, DomainRun, DomainSample, SampleReport
+from hostler_usage import agent
+from hostler_usage.reading import domain_stats
+from hostler_usage.reading.domain_stats import Disk, Domain, DomainState, Interface
+from hostler_usage.reading.sample import SAMPLES_PER_REPORT, DomainRun, DomainSample, SampleReport
 
 UUID = uuid.UUID("7d5a3f52-8a6e-4f0a-9a50-0f4b5c9d7e01")
 OTHER = uuid.UUID("7d5a3f52-8a6e-4f0a-9a50-0f4b5c9d7e02")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage import envelope
+from hostler_usage.reading import envelope
 
 INNER = {
     "message_id": "4b884c03-756d-4c06-8b42-80b6def9d302",

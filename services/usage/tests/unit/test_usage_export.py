@@ -14,9 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage import export
-from hostler_usage.export import Column, Csv, Kind, Ndjson
-from hostler_usage.export_parquet import DIGITS, ROWS_A_GROUP, SCALE, Parquet, PyarrowMissing
+from hostler_usage.exporting import export
+from hostler_usage.exporting.export import Column, Csv, Kind, Ndjson
+from hostler_usage.exporting.export_parquet import (
+    DIGITS,
+    ROWS_A_GROUP,
+    SCALE,
+    Parquet,
+    PyarrowMissing,
+)
 
 COLUMNS = (
     Column("name", Kind.TEXT),

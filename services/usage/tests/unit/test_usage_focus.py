@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage import focus
-from hostler_usage.export import UsageLine, decimal_text
-from hostler_usage.focus import Issuer, Price
-from hostler_usage.focus_pricing import MONTH, Pricing
-from hostler_usage.mapping import Measure
-from hostler_usage.price_book import price_book
+from hostler_usage.exporting import focus
+from hostler_usage.exporting.export import UsageLine, decimal_text
+from hostler_usage.exporting.focus import Issuer, Price
+from hostler_usage.exporting.focus_pricing import MONTH, Pricing
+from hostler_usage.money.price_book import price_book
+from hostler_usage.reading.mapping import Measure
 
 DAY = datetime(2026, 5, 31, tzinfo=UTC)
 HOUR = 3_600_000_000

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage.idle import Counted, Held, Reason, Thresholds, Verdict, holds, judge
+from hostler_usage.exporting.idle import Counted, Held, Reason, Thresholds, Verdict, holds, judge
 
 NOW = datetime(2026, 5, 31, tzinfo=UTC)
 DAY = timedelta(days=1)

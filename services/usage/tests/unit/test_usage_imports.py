@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from hostler_usage import import_cli, imports, rules_cli
-from hostler_usage.imports import Format, bodies, format_of
+from hostler_usage.reading import import_cli, imports, rules_cli
+from hostler_usage.reading.imports import Format, bodies, format_of
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostler_usage.envelope import open_body
-from hostler_usage.intervals import Anomaly, History, Provenance, fold
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import Window, totals
-from hostler_usage.observation import Kind, Observation, Rank, attributes
-from hostler_usage.statement import Evidence, ResourceType
+from hostler_usage.history.intervals import Anomaly, History, Provenance, fold
+from hostler_usage.history.measures import Window, totals
+from hostler_usage.history.observation import Kind, Observation, Rank, attributes
+from hostler_usage.reading.envelope import open_body
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.statement import Evidence, ResourceType
+from hostler_usage.reading.times import microseconds
 from hostler_usage.testing import (
     INSTANCE,
     LARGE,
@@ -31,7 +32,6 @@ from hostler_usage.testing import (
     VolumeStep,
     observed,
 )
-from hostler_usage.times import microseconds
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR = timedelta(hours=1)

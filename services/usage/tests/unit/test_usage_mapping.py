@@ -10,14 +10,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostler_usage import mapping_file
-from hostler_usage.envelope import Notification
-from hostler_usage.ledger import Ledger, reckon
-from hostler_usage.mapping import Edge, Mapping, Phase
-from hostler_usage.mapping_file import MappingInvalid, packaged, read
-from hostler_usage.measures import MICROSECONDS_PER_HOUR, Window, totals
-from hostler_usage.normalise import Normaliser
-from hostler_usage.statement import Evidence, Statement, decode, encode
+from hostler_usage.history.ledger import Ledger, reckon
+from hostler_usage.history.measures import MICROSECONDS_PER_HOUR, Window, totals
+from hostler_usage.reading import mapping_file
+from hostler_usage.reading.envelope import Notification
+from hostler_usage.reading.mapping import Edge, Mapping, Phase
+from hostler_usage.reading.mapping_file import MappingInvalid, packaged, read
+from hostler_usage.reading.normalise import Normaliser
+from hostler_usage.reading.statement import Evidence, Statement, decode, encode
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -561,7 +561,7 @@ def places(document: Table[str, Any], place: tuple[str, ...] = ()) -> list[tuple
     return found
 
 
-PACKAGED_TEXT = (Path(mapping_file.__file__).parent / "mapping.yaml").read_text()
+PACKAGED_TEXT = (Path(mapping_file.__file__).parents[1] / "mapping.yaml").read_text()
 PLACES = places(yaml.safe_load(PACKAGED_TEXT))
 WORDS = sorted({part for place in PLACES for part in place})
 SCALAR = (

@@ -5,9 +5,9 @@ from decimal import Decimal
 
 import pytest
 
-from hostler_usage.intervals import Interval, Provenance
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import Window, hours, totals
+from hostler_usage.history.intervals import Interval, Provenance
+from hostler_usage.history.measures import Window, hours, totals
+from hostler_usage.reading.mapping_file import packaged
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR = timedelta(hours=1)

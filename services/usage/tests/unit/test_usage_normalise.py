@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostler_usage import testing
-from hostler_usage.envelope import Notification
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normalised, Normaliser
-from hostler_usage.observation import Kind, Observation, Rank
-from hostler_usage.statement import ResourceKey
+from hostler_usage.history.observation import Kind, Observation, Rank
+from hostler_usage.reading.envelope import Notification
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normalised, Normaliser
+from hostler_usage.reading.statement import ResourceKey
 from hostler_usage.testing import INSTANCE, VOLUME
 
 AT = datetime(2026, 5, 8, 16, 3, 44, 122481, tzinfo=UTC)

@@ -6,12 +6,12 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage.envelope import Notification
-from hostler_usage.mapping import Edge, Phase
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normaliser
-from hostler_usage.operations import Mark, Operation, Outcome, mark, pair, pair_said
-from hostler_usage.statement import Evidence, Statement
+from hostler_usage.profiling.operations import Mark, Operation, Outcome, mark, pair, pair_said
+from hostler_usage.reading.envelope import Notification
+from hostler_usage.reading.mapping import Edge, Phase
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
+from hostler_usage.reading.statement import Evidence, Statement
 
 T = datetime(2026, 5, 8, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)

@@ -1,6 +1,6 @@
 """When the fold runs beside reading: at once when it is quiet, seldom in a backlog, always in the end."""
 
-from hostler_usage.pace import (
+from hostler_usage.history.pace import (
     MOST_QUIET_SECONDS,
     PATIENCE_FOLDS,
     PATIENCE_SECONDS,

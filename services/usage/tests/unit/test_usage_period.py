@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage import explain
-from hostler_usage.calendar_span import Span, begin
-from hostler_usage.intervals import Interval, Provenance
-from hostler_usage.mapping import Measure
-from hostler_usage.measures import Window, quantity, totals
-from hostler_usage.period import (
+from hostler_usage.explaining import explain
+from hostler_usage.history.calendar_span import Span, begin
+from hostler_usage.history.intervals import Interval, Provenance
+from hostler_usage.history.measures import Window, quantity, totals
+from hostler_usage.periods.period import (
     MOST_EVIDENCE,
     Facts,
     HeldRow,
@@ -40,6 +39,7 @@ from hostler_usage.period import (
     recomputed,
     sealed,
 )
+from hostler_usage.reading.mapping import Measure
 
 START = datetime(2026, 4, 1, tzinfo=UTC)
 END = datetime(2026, 5, 1, tzinfo=UTC)

@@ -41,18 +41,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hostler_common import bus
-from hostler_usage.amounts import Amount
-from hostler_usage.audits import Status
-from hostler_usage.envelope import UnreadableError
-from hostler_usage.event import Event
-from hostler_usage.intake import read_delivery
-from hostler_usage.intervals import Interval
-from hostler_usage.ledger import Ledger, reckon
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import Window, totals
-from hostler_usage.normalise import Normaliser
-from hostler_usage.rollup import Cell, HeldFact, MovedFact, sums
-from hostler_usage.statement import Evidence, ResourceKey, ResourceType, Statement, decode, encode
+from hostler_usage.auditing.audits import Status
+from hostler_usage.history.amounts import Amount
+from hostler_usage.history.intervals import Interval
+from hostler_usage.history.ledger import Ledger, reckon
+from hostler_usage.history.measures import Window, totals
+from hostler_usage.history.rollup import Cell, HeldFact, MovedFact, sums
+from hostler_usage.reading.envelope import UnreadableError
+from hostler_usage.reading.event import Event
+from hostler_usage.reading.intake import read_delivery
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normaliser
+from hostler_usage.reading.statement import (
+    Evidence,
+    ResourceKey,
+    ResourceType,
+    Statement,
+    decode,
+    encode,
+)
+from hostler_usage.reading.times import microseconds
 from hostler_usage.testing import (
     INSTANCE,
     LARGE,
@@ -66,7 +74,6 @@ from hostler_usage.testing import (
     VolumeLife,
     VolumeStep,
 )
-from hostler_usage.times import microseconds
 
 DATA = Path(__file__).parents[1] / "data"
 DAY = datetime(2026, 5, 8, tzinfo=UTC)

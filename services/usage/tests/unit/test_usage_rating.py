@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage.calendar_span import Span, begin, begins_within, following, zone
-from hostler_usage.document import DocumentError
-from hostler_usage.mapping import Measure
-from hostler_usage.price_book import (
+from hostler_usage.history.calendar_span import Span, begin, begins_within, following, zone
+from hostler_usage.money.document import DocumentError
+from hostler_usage.money.price_book import (
     Metered,
     PriceBook,
     Rounding,
@@ -25,7 +24,7 @@ from hostler_usage.price_book import (
     price_book,
     visible_part,
 )
-from hostler_usage.rating import (
+from hostler_usage.money.rating import (
     Charge,
     Rated,
     Slice,
@@ -36,6 +35,7 @@ from hostler_usage.rating import (
     rate,
     slices,
 )
+from hostler_usage.reading.mapping import Measure
 
 MAY = datetime(2026, 5, 1, tzinfo=UTC)
 JUNE = datetime(2026, 6, 1, tzinfo=UTC)

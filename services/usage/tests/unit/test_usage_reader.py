@@ -7,12 +7,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hostler_usage import mapping_file
-from hostler_usage.envelope import Notification
-from hostler_usage.mapping import Reading
-from hostler_usage.normalise import Normaliser
-from hostler_usage.reader import MAX_ROWS, MAX_TEXT, Problems, Reader, Row
-from hostler_usage.statement import CounterReading, decode, encode
+from hostler_usage.reading import mapping_file
+from hostler_usage.reading.envelope import Notification
+from hostler_usage.reading.mapping import Reading
+from hostler_usage.reading.normalise import Normaliser
+from hostler_usage.reading.reader import MAX_ROWS, MAX_TEXT, Problems, Reader, Row
+from hostler_usage.reading.statement import CounterReading, decode, encode
 
 AT = datetime(2026, 5, 8, tzinfo=UTC)
 THING = """

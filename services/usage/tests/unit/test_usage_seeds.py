@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hostler_usage.envelope import Notification
-from hostler_usage.mapping_file import packaged
-from hostler_usage.normalise import Normalised, Normaliser
-from hostler_usage.statement import Statement
+from hostler_usage.reading.envelope import Notification
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normalised, Normaliser
+from hostler_usage.reading.statement import Statement
 
 TEXT = (Path(__file__).parents[4] / "docs" / "usage-seeds.md").read_text(encoding="utf-8")
 ROW = re.compile(

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostler_usage import settled
-from hostler_usage.intervals import fold
-from hostler_usage.ledger import Ledger, in_order, reckon
-from hostler_usage.mapping import Edge, Phase, Reading
-from hostler_usage.mapping_file import packaged
-from hostler_usage.observe import observe
-from hostler_usage.repetition import Said, without_repetitions
-from hostler_usage.settled import Settled, Span, settle
-from hostler_usage.statement import CounterReading, Evidence, Scalar, Statement
+from hostler_usage.auditing.repetition import Said, without_repetitions
+from hostler_usage.history import settled
+from hostler_usage.history.intervals import fold
+from hostler_usage.history.ledger import Ledger, in_order, reckon
+from hostler_usage.history.observe import observe
+from hostler_usage.history.settled import Settled, Span, settle
+from hostler_usage.reading.mapping import Edge, Phase, Reading
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.statement import CounterReading, Evidence, Scalar, Statement
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR, MINUTE, SECOND = timedelta(hours=1), timedelta(minutes=1), timedelta(seconds=1)

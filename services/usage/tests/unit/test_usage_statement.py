@@ -57,16 +57,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostler_usage import messages
-from hostler_usage.envelope import Notification
-from hostler_usage.intervals import Provenance
-from hostler_usage.ledger import Ledger, reckon
-from hostler_usage.mapping import Edge, Phase, Reading
-from hostler_usage.mapping_file import packaged
-from hostler_usage.measures import MICROSECONDS_PER_HOUR, Window, totals
-from hostler_usage.normalise import Normalised, Normaliser
-from hostler_usage.observation import attributes
-from hostler_usage.settings import Source
-from hostler_usage.statement import (
+from hostler_usage.history.intervals import Provenance
+from hostler_usage.history.ledger import Ledger, reckon
+from hostler_usage.history.measures import MICROSECONDS_PER_HOUR, Window, totals
+from hostler_usage.history.observation import attributes
+from hostler_usage.reading.envelope import Notification
+from hostler_usage.reading.mapping import Edge, Phase, Reading
+from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.normalise import Normalised, Normaliser
+from hostler_usage.reading.statement import (
     CounterReading,
     Evidence,
     ResourceKey,
@@ -75,7 +74,8 @@ from hostler_usage.statement import (
     decode,
     encode,
 )
-from hostler_usage.times import EPOCH, MICROSECOND
+from hostler_usage.reading.times import EPOCH, MICROSECOND
+from hostler_usage.settings import Source
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)

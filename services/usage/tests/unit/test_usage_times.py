@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage.times import (
+from hostler_usage.reading.times import (
     EPOCH,
     MICROSECOND,
     BadTimeError,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler_usage import websub
-from hostler_usage.websub import BadRequestError, Lease, Mode, Outcome, read_request
+from hostler_usage.feeds import websub
+from hostler_usage.feeds.websub import BadRequestError, Lease, Mode, Outcome, read_request
 
 TOPIC = "http://usage.example/feeds/all.atom"
 CALLBACK = "https://reader.example:8443/in?key=1&hub.mode=x"

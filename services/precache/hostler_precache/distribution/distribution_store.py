@@ -1,0 +1,569 @@
+"""All SQL of distributions: an image wanted on hosts, and how far each is.
+
+Each function is one transaction unless it takes a connection. Times are the database's.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime, time
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from hostler_common import db, errors
+from hostler_precache.distribution.distributions import (
+    BlobRecord,
+    Candidate,
+    Distribution,
+    DistributionId,
+    DistributionState,
+    HostProgress,
+    LiveDistribution,
+    Policy,
+    PolicyId,
+)
+from hostler_precache.distribution.rollout import Rollout, Targets, Window, is_open
+from hostler_precache.store import MAX_BIGINT, ImageNotFound, blob_record
+from hostler_precache.transfer.manifest import BlobId
+
+_LIVE = ("fetching", "distributing")
+
+# The hosts of targets ($2 names, $3 labels, $4 percent) in the order that a hash of their names
+# with $1 gives: which hosts make up a share of all, and which go first.
+_CHOSEN = (
+    "SELECT host, n, count(*) OVER () AS taken FROM (SELECT host,"
+    "     row_number() OVER (ORDER BY md5($1::text || host)) AS n, count(*) OVER () AS matching"
+    "   FROM (SELECT unnest($2::text[]) AS host"
+    "     UNION SELECT host FROM host WHERE $2 IS NULL AND labels @> $3) every) numbered"
+    " WHERE n <= ceil(matching * coalesce($4::integer, 100) / 100.0)"
+)
+
+
+class DistributionNotFound(errors.NotFound):
+    """There is no such distribution."""
+
+    code = "precache.distribution.not_found"
+
+
+class DistributionOver(errors.Conflict):
+    """The distribution is done, failed or cancelled: there is nothing left to change."""
+
+    code = "precache.distribution.over"
+
+
+class DistributionStore:
+    """Distributions in the schema `precache`."""
+
+    def __init__(self, pool: db.Pool) -> None:
+        self._pool = pool
+
+    @property
+    def pool(self) -> db.Pool:
+        """For transactions that span calls."""
+        return self._pool
+
+    async def add_distribution(
+        self,
+        connection: db.Connection,
+        *,
+        distribution_id: DistributionId,
+        image_id: str,
+        targets: Targets,
+        rollout: Rollout,
+        priority: int,
+        policy_id: PolicyId | None = None,
+    ) -> DistributionState:
+        """The image is wanted on these hosts. It is distributing if its bytes are here.
+
+        Which hosts make up a share of them, and which go first, a hash of the distribution and
+        their names decides.
+
+        Raises:
+            ImageNotFound: nobody has named the image, or it is deleted at its source.
+        """
+        # locked, so that a fetch that ends now sees the distribution or is seen by it, as does
+        # whoever deletes the image or retires the blob
+        image = await connection.fetchrow(
+            "SELECT deleted_at FROM image WHERE image_id = $1 FOR SHARE", image_id
+        )
+        if image is None:
+            raise ImageNotFound(f"no image {image_id}: register it first, or send its source")
+        if image["deleted_at"] is not None:
+            raise ImageNotFound(
+                f"image {image_id} was deleted at its source: register it again if it is back"
+            )
+        blob_id = await connection.fetchval(
+            "SELECT blob_id FROM blob WHERE image_id = $1 AND state IN ('fetching', 'ready')"
+            " FOR SHARE",
+            image_id,
+        )
+        state = await connection.fetchval(
+            "INSERT INTO distribution (distribution_id, image_id, policy_id, hosts, priority,"
+            "   state, blob_id, announced_at, labels, percent, canary_percent, wave, deadline_at,"
+            "   deadline_percent, host_bytes_per_second, total_bytes_per_second, windows, is_open)"
+            " SELECT $1, $2, $3, $4, $5, CASE WHEN ready.blob_id IS NULL THEN 'fetching'"
+            "   ELSE 'distributing' END, ready.blob_id,"
+            "   CASE WHEN ready.blob_id IS NULL THEN NULL ELSE now() END,"
+            "   $7, $8, $9, CASE WHEN $9::integer IS NULL THEN 1 ELSE 0 END, $10, $11, $12, $13,"
+            "   $14, $15"
+            " FROM (SELECT 1) one LEFT JOIN blob ready"
+            "   ON ready.blob_id = $6 AND ready.state = 'ready'"
+            " RETURNING state",
+            distribution_id, image_id, policy_id, targets.hosts, priority, blob_id,
+            dict(targets.labels), targets.percent, rollout.canary_percent, rollout.deadline_at,
+            rollout.deadline_percent, rollout.host_bytes_per_second,
+            rollout.total_bytes_per_second, [_window_row(one) for one in rollout.windows],
+            is_open(rollout.windows, datetime.now(UTC)),
+        )  # fmt: skip
+        await connection.execute(
+            "INSERT INTO distribution_host (distribution_id, host, wave)"  # noqa: S608  the clause is ours
+            " SELECT $1::uuid, host, CASE WHEN n <= ceil(taken * $5::integer / 100.0) THEN 0"
+            f"   ELSE 1 END FROM ({_CHOSEN}) chosen",
+            str(distribution_id), targets.hosts, dict(targets.labels), targets.percent,
+            rollout.canary_percent,
+        )  # fmt: skip
+        return DistributionState(state)
+
+    async def chosen(self, targets: Targets) -> list[Candidate]:
+        """The hosts that a distribution to these targets would choose now; of a share, one choice."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT chosen.host, host.url IS NOT NULL AS is_known, host.free_bytes,"  # noqa: S608  the clause is ours
+                f"   host.link_bytes_per_second FROM ({_CHOSEN}) chosen LEFT JOIN host USING (host)"
+                " ORDER BY n",
+                "plan", targets.hosts, dict(targets.labels), targets.percent,
+            )  # fmt: skip
+        return [
+            Candidate(
+                host=row["host"],
+                is_known=row["is_known"],
+                free_bytes=row["free_bytes"],
+                link_bytes_per_second=row["link_bytes_per_second"],
+            )
+            for row in rows
+        ]
+
+    async def hold(self, connection: db.Connection, distribution_id: UUID) -> tuple[int, Rollout]:
+        """Its priority and how it goes, which nobody else changes before the commit.
+
+        Raises:
+            DistributionNotFound: there is none.
+            DistributionOver: there is nothing left to change.
+        """
+        row = await connection.fetchrow(
+            "SELECT * FROM distribution WHERE distribution_id = $1 FOR NO KEY UPDATE",
+            distribution_id,
+        )
+        _require_live(distribution_id, None if row is None else row["state"])
+        assert row is not None
+        return row["priority"], _rollout(row)
+
+    async def change_distribution(
+        self,
+        connection: db.Connection,
+        distribution_id: UUID,
+        *,
+        priority: int,
+        rollout: Rollout,
+    ) -> None:
+        """Its priority, deadline, limits and windows are these from now on.
+
+        Raises:
+            DistributionNotFound: there is none.
+        """
+        status = await connection.execute(
+            "UPDATE distribution SET priority = $2, deadline_at = $3, deadline_percent = $4,"
+            "   deadline_met = CASE WHEN deadline_at IS NOT DISTINCT FROM $3 THEN deadline_met END,"
+            "   host_bytes_per_second = $5, total_bytes_per_second = $6, windows = $7, is_open = $8"
+            " WHERE distribution_id = $1",
+            distribution_id, priority, rollout.deadline_at, rollout.deadline_percent,
+            rollout.host_bytes_per_second, rollout.total_bytes_per_second,
+            [_window_row(one) for one in rollout.windows],
+            is_open(rollout.windows, datetime.now(UTC)),
+        )  # fmt: skip
+        if status == "UPDATE 0":
+            raise DistributionNotFound(f"no distribution {distribution_id}")
+
+    async def pause(
+        self, connection: db.Connection, distribution_id: UUID, *, reason: str
+    ) -> None:
+        """Its hosts fetch nothing more, and keep what they have.
+
+        Raises:
+            DistributionNotFound: there is none.
+            DistributionOver: there is nothing left to pause.
+        """
+        state = await connection.fetchval(
+            "UPDATE distribution SET paused_at = coalesce(paused_at, now()),"
+            "   paused_reason = coalesce(paused_reason, $2)"
+            " WHERE distribution_id = $1 RETURNING state",
+            distribution_id,
+            reason,
+        )
+        _require_live(distribution_id, state)
+
+    async def resume(self, connection: db.Connection, distribution_id: UUID) -> BlobRecord | None:
+        """Its hosts go on, all of them: whoever resumes has looked at the canaries.
+
+        Returns:
+            The blob to announce, if its bytes are here.
+
+        Raises:
+            DistributionNotFound: there is none.
+            DistributionOver: there is nothing left to resume.
+        """
+        row = await connection.fetchrow(
+            "UPDATE distribution SET paused_at = NULL, paused_reason = NULL,"
+            # paused by its canaries: all go on. Paused by hand: the canaries still go first
+            "   wave = CASE WHEN paused_reason LIKE 'canary.%' THEN 1 ELSE wave END"
+            " WHERE distribution_id = $1 RETURNING state, blob_id",
+            distribution_id,
+        )
+        _require_live(distribution_id, None if row is None else row["state"])
+        assert row is not None
+        return None if row["blob_id"] is None else await self._blob(connection, row["blob_id"])
+
+    async def claim_live(self, connection: db.Connection) -> list[LiveDistribution]:
+        """Distributions that have a canary, windows or a deadline to watch, locked until the commit.
+
+        Those that another replica has locked are left to it.
+        """
+        rows = await connection.fetch(
+            "SELECT d.*,"
+            "   (SELECT coalesce(jsonb_object_agg(state, n), '{}') FROM (SELECT state, count(*) AS n"
+            "     FROM distribution_host h WHERE h.distribution_id = d.distribution_id"
+            "       AND h.wave = 0 GROUP BY state) c) AS canary_states,"
+            "   (SELECT coalesce(jsonb_object_agg(state, n), '{}') FROM (SELECT state, count(*) AS n"
+            "     FROM distribution_host h WHERE h.distribution_id = d.distribution_id"
+            "     GROUP BY state) c) AS host_states"
+            " FROM distribution d WHERE (d.state IN ('fetching', 'distributing')"
+            "     AND (d.windows <> '[]' OR d.wave = 0 AND d.paused_at IS NULL))"
+            "   OR (d.state <> 'cancelled' AND d.deadline_at IS NOT NULL AND d.deadline_met IS NULL)"
+            " ORDER BY d.distribution_id FOR NO KEY UPDATE OF d SKIP LOCKED"
+        )
+        return [
+            LiveDistribution(
+                distribution_id=DistributionId(row["distribution_id"]),
+                blob=None
+                if row["blob_id"] is None
+                else await self._blob(connection, row["blob_id"]),
+                rollout=_rollout(row),
+                wave=row["wave"],
+                is_paused=row["paused_at"] is not None,
+                is_open=row["is_open"],
+                deadline_met=row["deadline_met"],
+                canary_states=row["canary_states"],
+                host_states=row["host_states"],
+            )
+            for row in rows
+        ]
+
+    async def advance(
+        self,
+        connection: db.Connection,
+        distribution_id: DistributionId,
+        *,
+        wave: int,
+        is_open: bool,
+        deadline_met: bool | None,
+    ) -> None:
+        """What the periodic work decided of a distribution is stored."""
+        await connection.execute(
+            "UPDATE distribution SET wave = $2, is_open = $3, deadline_met = $4"
+            " WHERE distribution_id = $1",
+            distribution_id, wave, is_open, deadline_met,
+        )  # fmt: skip
+
+    async def _blob(self, connection: db.Connection, blob_id: UUID) -> BlobRecord | None:
+        row = await connection.fetchrow(
+            "SELECT *, image_id AS blob_image FROM blob WHERE blob_id = $1 AND state = 'ready'",
+            blob_id,
+        )
+        return None if row is None else blob_record(row)
+
+    async def cancel(self, distribution_id: UUID) -> BlobId | None:
+        """The distribution is over; its hosts stop fetching at their next look. Returns its blob.
+
+        Raises:
+            DistributionNotFound: there is none.
+        """
+        async with db.transaction(self._pool) as connection:
+            row = await connection.fetchrow(
+                "UPDATE distribution SET finished_at = coalesce(finished_at, now()),"
+                "   state = CASE WHEN state = 'error' THEN state ELSE 'cancelled' END"
+                " WHERE distribution_id = $1 RETURNING blob_id",
+                distribution_id,
+            )
+        if row is None:
+            raise DistributionNotFound(f"no distribution {distribution_id}")
+        return None if row["blob_id"] is None else BlobId(str(row["blob_id"]))
+
+    async def policy_ran(
+        self, connection: db.Connection, policy: Policy, listed: Collection[str]
+    ) -> tuple[set[str], list[BlobId]]:
+        """The policy's distributions are on its hosts, at its priority, and of listed images only.
+
+        Those of images that it lists no more are withdrawn, which unpins their files.
+
+        Returns:
+            The images that it has live distributions of, and the blobs whose swarms changed.
+        """
+        changed = await connection.fetch(
+            "SELECT distribution_id, blob_id FROM distribution"
+            " WHERE policy_id = $1 AND state IN ('fetching', 'distributing', 'done')"
+            "   AND image_id = ANY ($2::text[])"
+            "   AND (priority, hosts, labels) IS DISTINCT FROM ($3, $4, $5)",
+            policy.policy_id, list(listed), policy.priority, policy.hosts, dict(policy.labels),
+        )  # fmt: skip
+        await self._retarget(connection, [row["distribution_id"] for row in changed], policy)
+        withdrawn = await connection.fetch(
+            "UPDATE distribution SET state = 'cancelled',"
+            "   finished_at = coalesce(finished_at, now()), reason = 'policy: listed no more'"
+            " WHERE policy_id = $1 AND state IN ('fetching', 'distributing', 'done')"
+            "   AND image_id <> ALL ($2::text[]) RETURNING blob_id",
+            policy.policy_id,
+            list(listed),
+        )
+        images = await connection.fetch(
+            "SELECT DISTINCT image_id FROM distribution WHERE policy_id = $1"
+            "   AND state IN ('fetching', 'distributing', 'done')",
+            policy.policy_id,
+        )
+        moved = [BlobId(str(row["blob_id"])) for row in (*withdrawn, *changed) if row["blob_id"]]
+        return {row["image_id"] for row in images}, moved
+
+    async def _retarget(
+        self, connection: db.Connection, distribution_ids: Sequence[UUID], policy: Policy
+    ) -> None:
+        if not distribution_ids:
+            return
+        # the hosts' rows before the distributions', and those in order: as reports lock them
+        await connection.execute(
+            "DELETE FROM distribution_host h WHERE distribution_id = ANY ($1::uuid[]) AND NOT"
+            " CASE WHEN $2::text[] IS NULL THEN EXISTS (SELECT 1 FROM host"
+            "   WHERE host.host = h.host AND host.labels @> $3) ELSE h.host = ANY ($2) END",
+            distribution_ids, policy.hosts, dict(policy.labels),
+        )  # fmt: skip
+        await connection.execute(
+            "INSERT INTO distribution_host (distribution_id, host)"
+            " SELECT distribution_id, host FROM unnest($1::uuid[]) AS ids (distribution_id),"
+            "   (SELECT unnest($2::text[]) AS host"
+            "     UNION SELECT host FROM host WHERE $2 IS NULL AND labels @> $3) every"
+            " ON CONFLICT DO NOTHING",
+            distribution_ids, policy.hosts, dict(policy.labels),
+        )  # fmt: skip
+        await connection.execute(
+            "SELECT 1 FROM distribution WHERE policy_id = $1 ORDER BY distribution_id"
+            " FOR NO KEY UPDATE",
+            policy.policy_id,
+        )
+        await connection.execute(
+            "UPDATE distribution d SET priority = $2, hosts = $3, labels = $4,"
+            "   state = CASE WHEN d.state = 'fetching' THEN d.state"
+            "     WHEN still.open THEN 'distributing' ELSE 'done' END,"
+            "   finished_at = CASE WHEN d.state <> 'fetching' AND NOT still.open"
+            "     THEN coalesce(d.finished_at, now()) END"
+            " FROM (SELECT x.distribution_id, EXISTS (SELECT 1 FROM distribution_host h"
+            "     WHERE h.distribution_id = x.distribution_id"
+            "       AND h.state IN ('waiting', 'transferring')) AS open"
+            "   FROM distribution x WHERE x.distribution_id = ANY ($1::uuid[])) still"
+            " WHERE d.distribution_id = still.distribution_id"
+            "   AND d.state IN ('fetching', 'distributing', 'done')",
+            distribution_ids, policy.priority, policy.hosts, dict(policy.labels),
+        )  # fmt: skip
+
+    async def has_distribution(
+        self, connection: db.Connection, policy_id: PolicyId, image_id: str
+    ) -> bool:
+        """Whether a distribution of the policy has the image on its hosts, or is to."""
+        return bool(
+            await connection.fetchval(
+                "SELECT EXISTS (SELECT 1 FROM distribution WHERE policy_id = $1 AND image_id = $2"
+                "   AND state IN ('fetching', 'distributing', 'done'))",
+                policy_id,
+                image_id,
+            )
+        )
+
+    async def distribution(self, distribution_id: UUID) -> Distribution:
+        """The distribution.
+
+        Raises:
+            DistributionNotFound: there is none.
+        """
+        rows = await self._distributions("WHERE d.distribution_id = $1", distribution_id)
+        if not rows:
+            raise DistributionNotFound(f"no distribution {distribution_id}")
+        return rows[0]
+
+    async def distributions(
+        self, *, limit: int, marker: UUID | None = None, image_id: str | None = None
+    ) -> list[Distribution]:
+        """Distributions, newest first, after the marker; of one image, if one is named."""
+        return await self._distributions(
+            "WHERE ($3::text IS NULL OR d.image_id = $3) AND ($2::uuid IS NULL"
+            "   OR (d.created_at, d.distribution_id) < (SELECT created_at, distribution_id"
+            "     FROM distribution WHERE distribution_id = $2))"
+            " ORDER BY d.created_at DESC, d.distribution_id DESC LIMIT $1",
+            limit,
+            marker,
+            image_id,
+        )
+
+    async def _distributions(self, clause: str, *values: object) -> list[Distribution]:
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT d.*, blob.size_bytes, blob.verification,"  # noqa: S608  the clause is ours
+                "   coalesce(blob.fetched_bytes, 0) AS fetched_bytes,"
+                "   coalesce(sent.by_seed, 0) AS by_seed, coalesce(sent.by_peers, 0) AS by_peers,"
+                "   coalesce(states.counts, '{}'::jsonb) AS host_states"
+                " FROM distribution d"
+                " LEFT JOIN LATERAL (SELECT * FROM blob WHERE blob.blob_id = d.blob_id"
+                "   OR (d.blob_id IS NULL AND blob.image_id = d.image_id"
+                "     AND blob.state = 'fetching') LIMIT 1) blob ON true"
+                " LEFT JOIN LATERAL (SELECT"
+                # what agents say is summed as it is: it may be beyond every number
+                f"    least(coalesce(sum(sent_bytes) FILTER (WHERE is_seed), 0), {MAX_BIGINT})::bigint"
+                "       AS by_seed,"
+                "     least(coalesce(sum(sent_bytes) FILTER (WHERE NOT is_seed), 0),"
+                f"      {MAX_BIGINT})::bigint AS by_peers"
+                "   FROM transfer t WHERE t.distribution_id = d.distribution_id) sent ON true"
+                " LEFT JOIN LATERAL (SELECT jsonb_object_agg(state, n) AS counts FROM"
+                "   (SELECT state, count(*) AS n FROM distribution_host h"
+                "     WHERE h.distribution_id = d.distribution_id GROUP BY state) c) states ON true"
+                f" {clause}",
+                *values,
+            )
+        return [_distribution(row) for row in rows]
+
+    async def progress(self, distribution_id: UUID) -> list[HostProgress]:
+        """Every host of the distribution, by name."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT h.*, coalesce(t.sent, 0) AS sent, coalesce(t.seed, 0) AS seed,"
+                "   coalesce(t.peers, 0) AS peers, coalesce(t.rack, 0) AS rack,"
+                "   coalesce(t.wasted, 0) AS wasted, host.link_bytes_per_second"
+                " FROM distribution_host h LEFT JOIN host USING (host) LEFT JOIN LATERAL (SELECT"
+                "     least(coalesce(sum(sent_bytes), 0), $2)::bigint AS sent,"
+                "     least(coalesce(sum(received_from_seed_bytes), 0), $2)::bigint AS seed,"
+                "     least(coalesce(sum(received_from_peers_bytes), 0), $2)::bigint AS peers,"
+                "     least(coalesce(sum(received_from_rack_bytes), 0), $2)::bigint AS rack,"
+                "     least(coalesce(sum(wasted_bytes), 0), $2)::bigint AS wasted FROM transfer t"
+                "   WHERE t.distribution_id = h.distribution_id AND t.host = h.host"
+                "     AND NOT t.is_seed) t ON true"
+                " WHERE h.distribution_id = $1 ORDER BY h.host",
+                distribution_id,
+                MAX_BIGINT,
+            )
+        return [
+            HostProgress(
+                host=row["host"],
+                state=row["state"],
+                reason=row["reason"],
+                pieces_done=row["pieces_done"],
+                bytes_done=row["bytes_done"],
+                sent_bytes=row["sent"],
+                received_from_seed_bytes=row["seed"],
+                received_from_peers_bytes=row["peers"],
+                received_from_rack_bytes=row["rack"],
+                wasted_bytes=row["wasted"],
+                coverage=row["coverage"],
+                wave=row["wave"],
+                link_bytes_per_second=row["link_bytes_per_second"],
+                started_at=row["started_at"],
+                updated_at=row["updated_at"],
+                finished_at=row["finished_at"],
+            )
+            for row in rows
+        ]
+
+    async def host_states(
+        self, connection: db.Connection, distribution_id: DistributionId
+    ) -> tuple[str, dict[str, int]]:
+        """The distribution's image, and how many of its hosts are in which state."""
+        image_id = await connection.fetchval(
+            "SELECT image_id FROM distribution WHERE distribution_id = $1", distribution_id
+        )
+        rows = await connection.fetch(
+            "SELECT state, count(*) AS n FROM distribution_host WHERE distribution_id = $1"
+            " GROUP BY state",
+            distribution_id,
+        )
+        return image_id, {row["state"]: row["n"] for row in rows}
+
+    async def count_states(self) -> dict[str, int]:
+        """How many distributions are in which state."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT state, count(*) AS n FROM distribution GROUP BY state"
+            )
+        return {row["state"]: row["n"] for row in rows}
+
+
+def _require_live(distribution_id: UUID, state: str | None) -> None:
+    if state is None:
+        raise DistributionNotFound(f"no distribution {distribution_id}")
+    if state not in _LIVE:
+        raise DistributionOver(f"the distribution is {state}")
+
+
+def _rollout(row: asyncpg.Record) -> Rollout:
+    return Rollout(
+        canary_percent=row["canary_percent"],
+        deadline_at=row["deadline_at"],
+        deadline_percent=row["deadline_percent"],
+        host_bytes_per_second=row["host_bytes_per_second"],
+        total_bytes_per_second=row["total_bytes_per_second"],
+        windows=[_window(one) for one in row["windows"]],
+    )
+
+
+def _window(row: Mapping[str, Any]) -> Window:
+    return Window(
+        start=time.fromisoformat(row["start"]),
+        stop=time.fromisoformat(row["stop"]),
+        time_zone=row["time_zone"],
+        days=frozenset(row["days"]),
+    )
+
+
+def _window_row(window: Window) -> dict[str, Any]:
+    return {
+        "start": window.start.isoformat(),
+        "stop": window.stop.isoformat(),
+        "time_zone": window.time_zone,
+        "days": sorted(window.days),
+    }
+
+
+def _distribution(row: asyncpg.Record) -> Distribution:
+    states: dict[str, Any] = row["host_states"]
+    finished: datetime | None = row["finished_at"]
+    return Distribution(
+        distribution_id=DistributionId(row["distribution_id"]),
+        image_id=row["image_id"],
+        blob_id=None if row["blob_id"] is None else str(row["blob_id"]),
+        policy_id=None if row["policy_id"] is None else PolicyId(row["policy_id"]),
+        hosts=row["hosts"],
+        labels=row["labels"],
+        percent=row["percent"],
+        rollout=_rollout(row),
+        wave=row["wave"],
+        is_open=row["is_open"],
+        paused_reason=row["paused_reason"],
+        deadline_met=row["deadline_met"],
+        priority=row["priority"],
+        state=DistributionState.PAUSED
+        if row["paused_at"] is not None and row["state"] in _LIVE
+        else DistributionState(row["state"]),
+        reason=row["reason"],
+        size_bytes=row["size_bytes"],
+        fetched_bytes=row["fetched_bytes"],
+        verification=row["verification"],
+        seed_sent_bytes=row["by_seed"],
+        peers_sent_bytes=row["by_peers"],
+        host_states=states,
+        created_at=row["created_at"],
+        announced_at=row["announced_at"],
+        finished_at=finished,
+    )

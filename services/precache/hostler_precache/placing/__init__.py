@@ -1,0 +1,1 @@
+"""Files on a host where its hypervisor looks for them, and their upkeep."""

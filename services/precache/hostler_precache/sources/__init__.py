@@ -1,0 +1,1 @@
+"""Where images are listed and where their bytes come from."""

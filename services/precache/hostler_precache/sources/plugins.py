@@ -1,0 +1,156 @@
+"""Where images come from is pluggable: the two protocols, and how an implementation is found.
+
+A lister says which images there are, a fetcher opens the bytes of one. Implementations are named
+by entry points (`hostler.precache.listers`, `hostler.precache.fetchers`), built once per process
+with `Surroundings`, and raise `SourceError` only.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiohttp
+from pydantic import SecretStr
+
+from hostler_precache.images import Image
+from hostler_precache.sources.access import ByKeystone, Fixed, Service, TempAuth
+from hostler_precache.sources.keystone import Keystone
+from hostler_precache.sources.source import Hole, Part, Source, SourceError
+
+__all__ = [
+    "FETCHERS",
+    "LISTERS",
+    "Fetcher",
+    "Hole",
+    "Lister",
+    "Part",
+    "Plugins",
+    "Source",
+    "SourceError",
+    "Surroundings",
+    "UnknownPluginError",
+    "check_installed",
+]
+
+LISTERS = "hostler.precache.listers"
+FETCHERS = "hostler.precache.fetchers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a plugin is built with."""
+
+    session: aiohttp.ClientSession
+    glance_url: str | None = None
+    glance_token: SecretStr | None = None
+    keystone: Keystone | None = None
+    swift_tempauth: TempAuth | None = None
+    usage_url: str | None = None
+    usage_token: str | None = field(default=None, repr=False)
+    file_roots: Sequence[Path] = ()
+
+    def glance(self) -> Service:
+        """Glance, with a token where one is configured; `glance_url` goes before the catalogue.
+
+        Raises:
+            SourceError: it is not configured.
+        """
+        if self.keystone is not None:
+            authority = ByKeystone(self.keystone, "image", self.glance_url)
+            return Service("Glance", self.session, authority)
+        if self.glance_url is None:
+            raise SourceError(
+                "source.not_configured", "neither glance_url nor keystone_url is set"
+            )
+        return Service("Glance", self.session, Fixed(self.glance_url, self.glance_token))
+
+    def swift(self) -> Service:
+        """Swift's account: that of the configured user, or of Keystone's project.
+
+        Raises:
+            SourceError: it is not configured.
+        """
+        if self.swift_tempauth is not None:
+            return Service("Swift", self.session, self.swift_tempauth)
+        if self.keystone is None:
+            raise SourceError(
+                "source.not_configured", "neither swift_auth_url nor keystone_url is set"
+            )
+        return Service("Swift", self.session, ByKeystone(self.keystone, "object-store"))
+
+
+class Lister(Protocol):
+    """Says which images a policy wants on its hosts."""
+
+    async def list(self, options: Mapping[str, Any]) -> Sequence[Image]:
+        """The images that match the options, all pages of them.
+
+        Raises:
+            SourceError: the options are wrong, or the source does not answer as it should.
+        """
+
+
+class Fetcher(Protocol):
+    """Opens the bytes of an image."""
+
+    def open(self, image: Image) -> AbstractAsyncContextManager[Source]:
+        """The stream of the image, closed on leaving.
+
+        Raises:
+            SourceError: there is no such image, or it broke off; also while it is being read.
+        """
+
+
+class UnknownPluginError(LookupError):
+    """No implementation of that name is installed; the text names those that are."""
+
+
+class Plugins:
+    """The installed listers and fetchers, built on first use."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._surroundings = surroundings
+        self._built: dict[tuple[str, str], Any] = {}
+
+    def lister(self, name: str) -> Lister:
+        """The lister of that name.
+
+        Raises:
+            UnknownPluginError: there is none.
+        """
+        lister: Lister = self._build(LISTERS, name)
+        return lister
+
+    def fetcher(self, name: str) -> Fetcher:
+        """The fetcher of that name.
+
+        Raises:
+            UnknownPluginError: there is none.
+        """
+        fetcher: Fetcher = self._build(FETCHERS, name)
+        return fetcher
+
+    def _build(self, group: str, name: str) -> Any:  # noqa: ANN401  the callers name the type
+        if (group, name) not in self._built:
+            self._built[group, name] = _entry_point(group, name).load()(self._surroundings)
+        return self._built[group, name]
+
+
+def check_installed(group: str, name: str) -> None:
+    """Return if there is such a plugin.
+
+    Raises:
+        UnknownPluginError: there is none.
+    """
+    _entry_point(group, name)
+
+
+def _entry_point(group: str, name: str) -> metadata.EntryPoint:
+    installed = metadata.entry_points(group=group)
+    if name not in installed.names:
+        known = ", ".join(sorted(installed.names))
+        raise UnknownPluginError(f"{name!r} is not installed; there are: {known}")
+    return installed[name]

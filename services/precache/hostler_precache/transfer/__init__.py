@@ -1,0 +1,1 @@
+"""The bytes themselves: from one disk over the network to another, checked."""

@@ -1,0 +1,126 @@
+"""This replica as a seed: the images on its disk, and the server that sends their pieces.
+
+A file is served again after a restart only once it was read through and found to be the image;
+its pieces count as sent, since they probably were: hosts get those that are nowhere else.
+"""
+
+import asyncio
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+from hostler_common import logs
+from hostler_precache.distribution.distributions import BlobRecord
+from hostler_precache.swarming.swarm import SeedPolicy
+from hostler_precache.transfer import pieces
+from hostler_precache.transfer.blobs import Blob, BlobServer
+from hostler_precache.transfer.manifest import BlobId, Manifest, ManifestError, parse
+
+log = logs.get(__name__)
+
+
+class Seed:
+    """The blobs of this replica. `close` gives back their descriptors."""
+
+    def __init__(self, *, name: str, url: str, directory: Path, server: BlobServer) -> None:
+        self.name = name
+        self.url = url
+        self.session_id = uuid.uuid4()
+        self._directory = directory
+        self._server = server
+        self._descriptors: dict[BlobId, int] = {}
+
+    def path(self, blob_id: BlobId) -> Path:
+        """Where the bytes of a blob are."""
+        return self._directory / blob_id
+
+    async def serve(self, blob_id: BlobId, key: bytes, manifest: Manifest) -> None:
+        """The blob, which has just been fetched and checked, is served; each piece goes out once.
+
+        Raises:
+            pieces.PieceStoreError: its file cannot be read.
+        """
+        policy = SeedPolicy(manifest.count, holes=manifest.zero_pieces)
+        await self._open(blob_id, key, manifest, policy)
+
+    async def resume(self, record: BlobRecord, manifest_body: bytes) -> bool:
+        """Serve a blob of an earlier run, if its file still is the image; say whether it is."""
+        try:
+            manifest = parse(manifest_body, root=record.root)
+            policy = SeedPolicy(manifest.count, is_injected=True)
+            await self._open(record.blob_id, record.swarm_key, manifest, policy, check=True)
+        except (pieces.PieceStoreError, ManifestError) as exc:
+            log.warning("seed_blob_lost", blob_id=record.blob_id, reason=str(exc))
+            return False
+        return True
+
+    async def _open(
+        self,
+        blob_id: BlobId,
+        key: bytes,
+        manifest: Manifest,
+        policy: SeedPolicy,
+        *,
+        check: bool = False,
+    ) -> None:
+        fd = await asyncio.to_thread(_opened, self.path(blob_id), manifest if check else None)
+        self._descriptors[blob_id] = fd
+        self._server.serve(
+            Blob(
+                blob_id,
+                manifest=manifest,
+                key=key,
+                fd=fd,
+                have=(1 << manifest.count) - 1,
+                policy=policy,
+            )
+        )
+
+    def sent_bytes(self) -> dict[str, int]:
+        """What this process has sent, by distribution."""
+        total: dict[str, int] = {}
+        for blob_id in self._descriptors:
+            blob = self._server.find(blob_id)
+            if blob is not None:
+                for distribution_id, count in blob.sent_bytes.items():
+                    total[distribution_id] = total.get(distribution_id, 0) + count
+        return total
+
+    def close(self) -> None:
+        """No blob is served any more, and every file is closed."""
+        for blob_id, fd in self._descriptors.items():
+            self._server.withdraw(blob_id)
+            os.close(fd)
+        self._descriptors.clear()
+
+    def withdraw(self, blob_id: BlobId) -> None:
+        """The blob is not served here any more, and its file is gone."""
+        self._server.withdraw(blob_id)
+        fd = self._descriptors.pop(blob_id, None)
+        if fd is not None:
+            os.close(fd)
+        with contextlib.suppress(FileNotFoundError):
+            self.path(blob_id).unlink()
+
+
+def _opened(path: Path, expected: Manifest | None) -> int:
+    """A descriptor of the file, which was read through if it has to be as expected; blocks.
+
+    Raises:
+        pieces.PieceStoreError: it cannot be read, or is not what is expected.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise pieces.PieceStoreError(f"{path}: {exc.strerror}") from exc
+    is_good = False
+    try:
+        # a seed never sends what it has not verified itself
+        is_good = expected is None or pieces.is_exactly(fd, expected)
+    finally:
+        if not is_good:
+            os.close(fd)
+    if not is_good:
+        raise pieces.PieceStoreError(f"{path} is not the image any more")
+    return fd

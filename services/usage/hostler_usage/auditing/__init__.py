@@ -1,0 +1,1 @@
+"""What the cloud's own audits say, beside what its notifications say."""

@@ -1,0 +1,1 @@
+"""Whole tables that leave the service, and reports made of them."""

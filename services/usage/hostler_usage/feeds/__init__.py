@@ -1,0 +1,1 @@
+"""Stored messages as Atom feeds, and the hub that pushes them."""

@@ -1,0 +1,220 @@
+"""The fold: a set of observations of one resource becomes its history.
+
+The history is a row of half-open intervals `[start, end)`, each with the attributes that held and
+the messages that say so. It is a pure function of the *set* of observations: any order of arrival,
+any number of copies, any batching gives the same intervals, so that history is simply made anew
+when something arrives late.
+
+Four rules make it so:
+
+1. Moments that senders cut or round to seconds are settled first: those within a second of each
+   other are one moment, and its finest spelling is the one that counts.
+2. At one moment the observation of the highest rank wins, then the later event, then the larger
+   message id: content decides, never arrival.
+3. An audit that contradicts an event of the half hour before it is taken to be older than it looks;
+   if it is right, the next one says so again.
+4. Birth is the earliest moment the resource is known to have been in being; death is the earliest
+   end of the most trusted kind. Nothing after a death is usage. What held at birth but was lost is
+   filled from the first observation that speaks of it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import StrEnum
+from itertools import groupby
+
+from hostler_usage.history.observation import Kind, Observation, Rank
+from hostler_usage.reading import citation
+from hostler_usage.reading.statement import Evidence, Scalar
+
+_SAME_MOMENT = timedelta(seconds=1)
+# audits read all their rows first and send for minutes: what an event has said since outranks them
+AUDIT_IS_STALE = timedelta(minutes=30)
+
+
+class Provenance(StrEnum):
+    """What a history rests on."""
+
+    EVENTS = "events"
+    AUDIT = "audit"  # birth or death is known from evidence only: its own event was lost
+
+
+class Anomaly(StrEnum):
+    """What is odd about a history; counted, and no reason to stop billing the rest."""
+
+    NEVER_OPENED = "never_opened"
+    ENDED_BEFORE_BIRTH = "ended_before_birth"
+    SEEN_AFTER_END = "seen_after_end"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A span during which nothing about a resource changed.
+
+    `end` is None while it lasts. `opened_by` are the messages the attributes rest on, `closed_by`
+    those that ended it; both in a fixed order.
+    """
+
+    start: datetime
+    end: datetime | None
+    attributes: Mapping[str, Scalar]
+    opened_by: tuple[Evidence, ...]
+    closed_by: tuple[Evidence, ...]
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """All that is known of one resource."""
+
+    intervals: tuple[Interval, ...]
+    anomalies: tuple[Anomaly, ...] = ()
+    is_born_of_event: bool = False
+
+
+def fold(observations: Iterable[Observation]) -> History:
+    """Return the history that a set of observations of one resource amounts to."""
+    seen = set(observations)
+    states = _settled(item for item in seen if item.kind is Kind.STATE)
+    openings = [item for item in states if item.opens]
+    if not openings:
+        return History(intervals=(), anomalies=(Anomaly.NEVER_OPENED,) if states else ())
+    birth = min(item.t_eff for item in openings)
+    death = _death([item for item in seen if item.kind is Kind.END])
+    if death is not None and death.t_eff <= birth:
+        is_odd = birth - death.t_eff > _SAME_MOMENT
+        return History(intervals=(), anomalies=(Anomaly.ENDED_BEFORE_BIRTH,) if is_odd else ())
+    is_born_of_event = any(
+        item.t_eff == birth and item.rank is not Rank.EVIDENCE for item in openings
+    )
+    is_ended_by_event = death is None or death.rank is Rank.DELETE
+    provenance = Provenance.EVENTS if is_born_of_event and is_ended_by_event else Provenance.AUDIT
+    anomalies = []
+    if death is not None and any(
+        item.rank > Rank.EVIDENCE and item.t_eff - death.t_eff > _SAME_MOMENT for item in states
+    ):
+        anomalies.append(Anomaly.SEEN_AFTER_END)
+    return History(
+        intervals=tuple(_walk(states, birth, death, provenance)),
+        anomalies=tuple(anomalies),
+        is_born_of_event=is_born_of_event,
+    )
+
+
+def _settled(observations: Iterable[Observation]) -> list[Observation]:
+    """Sort, with the several spellings of one moment made one (rule 1)."""
+    items = list(observations)
+    moments = _settle({item.t_eff for item in items if item.is_rounded})
+    return sorted(
+        (_moved(item, moments[item.t_eff]) if item.is_rounded else item for item in items),
+        key=lambda item: item.order,
+    )
+
+
+def _moved(item: Observation, moment: datetime) -> Observation:
+    return item if item.t_eff == moment else replace(item, t_eff=moment)
+
+
+def _settle(moments: Iterable[datetime]) -> dict[datetime, datetime]:
+    settled: dict[datetime, datetime] = {}
+    cluster: list[datetime] = []
+    for moment in [*sorted(moments), None]:
+        if cluster and (moment is None or moment - cluster[0] > _SAME_MOMENT):
+            finest = next((item for item in cluster if item.microsecond), cluster[0])
+            settled.update(dict.fromkeys(cluster, finest))
+            cluster = []
+        if moment is not None:
+            cluster.append(moment)
+    return settled
+
+
+def _death(ends: list[Observation]) -> Observation | None:
+    if not ends:
+        return None
+    trusted = max(item.rank for item in ends)
+    moments = _settle({item.t_eff for item in ends if item.is_rounded})
+    return min(
+        (
+            replace(item, t_eff=moments[item.t_eff]) if item.is_rounded else item
+            for item in ends
+            if item.rank is trusted
+        ),
+        key=lambda item: item.order,
+    )
+
+
+def _walk(
+    states: list[Observation],
+    birth: datetime,
+    death: Observation | None,
+    provenance: Provenance,
+) -> Iterator[Interval]:
+    values: dict[str, Scalar] = {}
+    sources: dict[str, Evidence] = {}
+    for item in reversed(states):  # the first that speaks of a name is the last one written
+        for name, value in item.attributes:
+            values[name], sources[name] = value, item.evidence
+    spoken: dict[str, datetime] = {}  # when an event last spoke of a name
+    for item in states:
+        if item.t_eff <= birth:
+            for name, value in item.attributes:
+                # what is only said again needs no second witness: the first one is cited
+                if item.rank is not Rank.EVIDENCE or values[name] != value:
+                    values[name], sources[name] = value, item.evidence
+            if item.rank is not Rank.EVIDENCE:
+                spoken.update(dict.fromkeys(dict(item.attributes), item.t_eff))
+    start = birth
+    living = (
+        item
+        for item in states
+        if item.t_eff > birth and (death is None or item.t_eff < death.t_eff)
+    )
+    for moment, group in groupby(living, key=lambda item: item.t_eff):
+        said: dict[str, tuple[Scalar, Evidence]] = {}
+        for item in group:  # in order of rank: the last word stands (rule 2)
+            for name, value in item.attributes:
+                if _is_stale(item, spoken.get(name)):
+                    continue
+                # as at the birth: what is only said again is witnessed already
+                is_again = item.rank is Rank.EVIDENCE and said.get(name, (None,))[0] == value
+                if name not in said or not is_again:
+                    said[name] = (value, item.evidence)
+                if item.rank is not Rank.EVIDENCE:
+                    spoken[name] = moment
+        changed = {name: word for name, word in said.items() if values[name] != word[0]}
+        if not changed:
+            continue
+        yield Interval(
+            start=start,
+            end=moment,
+            attributes=dict(values),
+            opened_by=_distinct(sources.values()),
+            closed_by=_distinct(evidence for _, evidence in changed.values()),
+            provenance=provenance,
+        )
+        start = moment
+        for name, (value, evidence) in changed.items():
+            values[name], sources[name] = value, evidence
+    yield Interval(
+        start=start,
+        end=None if death is None else death.t_eff,
+        attributes=dict(values),
+        opened_by=_distinct(sources.values()),
+        closed_by=() if death is None else (death.evidence,),
+        provenance=provenance,
+    )
+
+
+def _is_stale(item: Observation, spoken_at: datetime | None) -> bool:
+    """Whether an audit's word may be older than what an event has said."""
+    return (
+        spoken_at is not None
+        and item.rank is Rank.EVIDENCE
+        and not item.is_rounded
+        and item.t_eff - spoken_at < AUDIT_IS_STALE
+    )
+
+
+def _distinct(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    return tuple(sorted(set(evidence), key=citation.order))

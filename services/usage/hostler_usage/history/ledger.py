@@ -1,0 +1,51 @@
+"""Everything that follows from what was said of one resource.
+
+Its history, what it moved, what was done to it, and how it agrees with the audits: one pure
+function of the set of statements, whatever order or how often they came in.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hostler_usage.auditing.audits import Reconciliation
+from hostler_usage.auditing.reconciliation import reconcile_said
+from hostler_usage.auditing.repetition import Said, without_repetitions
+from hostler_usage.history.amounts import Amount, amounts
+from hostler_usage.history.intervals import Anomaly, Interval, fold
+from hostler_usage.history.observe import observe
+from hostler_usage.profiling.operations import Operation, pair_said
+from hostler_usage.reading import citation
+from hostler_usage.reading.mapping import Resource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """All that is known of one resource."""
+
+    intervals: tuple[Interval, ...]
+    amounts: tuple[Amount, ...]
+    operations: tuple[Operation, ...]
+    reconciliation: Reconciliation
+    anomalies: tuple[Anomaly, ...]
+
+
+def reckon(resource: Resource, said: Iterable[Said]) -> Ledger:
+    """Return what a set of statements, each with the message it came in, amounts to."""
+    distinct = in_order(said)
+    history = fold(
+        observation
+        for statement, evidence in without_repetitions(distinct)
+        for observation in observe(statement, resource, evidence)
+    )
+    return Ledger(
+        intervals=history.intervals,
+        amounts=amounts(distinct, history.intervals, is_born_of_event=history.is_born_of_event),
+        operations=pair_said(resource.name, distinct),
+        reconciliation=reconcile_said(resource.name, history.intervals, distinct),
+        anomalies=history.anomalies,
+    )
+
+
+def in_order(said: Iterable[Said]) -> list[Said]:
+    """Each of them once, in the order of citing."""
+    return sorted(set(said), key=lambda item: citation.order(item[1]))

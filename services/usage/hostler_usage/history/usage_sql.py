@@ -1,0 +1,184 @@
+"""The SQL of usage: facts clipped to a window, sums of whole days, and what a measure makes of them.
+
+Names in it are constants of this module, or a mapping's, which were checked when it was read.
+
+Who belonged to which group of projects, and when, is joined here and nowhere else: `memberships`
+are spans of a project's time in which its groups do not change, and `facts` and `days` with
+`groups` are cut where one ends and the next begins. What is of no such span, because its project
+never was in a group of these kinds or is not known, is in no group.
+"""
+
+# ruff: noqa: S608  see above
+from collections.abc import Sequence
+from typing import Final
+
+from hostler_usage.reading.mapping import Measure
+
+_DAY: Final = "interval '24 hours'"  # of UTC; a day of the session's time zone may have 23 or 25
+
+
+def memberships(kinds: Sequence[str], clause: str) -> str:
+    """The common table `membership`: a project's spans of time, `group_of_0` and so on its groups then.
+
+    `kinds` are the places of the kinds of groups; `clause` restricts projects. A project's spans
+    leave no gap: before, between and after its memberships the groups are null.
+    """
+    edges = f"FROM project_group WHERE kind IN ({', '.join(kinds)}){clause}"
+    names = "".join(f", of_{n}.name AS group_of_{n}" for n in range(len(kinds)))
+    joins = "".join(
+        f" LEFT JOIN project_group AS of_{n} ON of_{n}.kind = {kind}"
+        f" AND of_{n}.project_id = member AND tstzrange(of_{n}.valid_from, of_{n}.valid_until) @> member_from"
+        for n, kind in enumerate(kinds)
+    )
+    return (
+        f"membership AS (SELECT member, member_from, member_until{names} FROM (SELECT member,"
+        " edge AS member_from, lead(edge, 1, 'infinity') OVER (PARTITION BY member ORDER BY edge)"
+        f" AS member_until FROM (SELECT project_id AS member, valid_from AS edge {edges} UNION"
+        f" SELECT project_id, valid_until {edges} AND valid_until IS NOT NULL UNION"
+        f" SELECT project_id, '-infinity' {edges}) AS edges) AS spans{joins})"
+    )
+
+
+def split_days(*, first: str, last: str) -> str:
+    """The common table `split_day`, over `membership`: days within which a project changes its groups.
+
+    Their sums are of no group: `days` leaves them out, and `facts` among them puts them in.
+    """
+    day = "date_trunc('day', member_from, 'UTC')"
+    return (
+        f"split_day AS (SELECT DISTINCT member AS split_member, {day} AS split_from,"
+        f" {day} + {_DAY} AS split_until FROM membership"
+        f" WHERE member_from > {_midnight(first)} AND member_from < {_midnight(last)}"
+        f" AND {day} <> member_from)"
+    )
+
+
+def held_split(lower: str, upper: str) -> str:
+    """The join that makes of an interval between two places its part in each span of `membership`."""
+    return (
+        " LEFT JOIN membership ON member = project_id"
+        f" AND member_from < {upper} AND member_until > {lower}"
+    )
+
+
+MOVED_SPLIT: Final = (
+    " LEFT JOIN membership ON member = a.project_id AND member_from <= at AND member_until > at"
+)
+"""The join that finds for an amount, `a`, the span of `membership` that it moved in."""
+
+
+def group_columns(groups: int) -> str:
+    """The columns of `membership` that name groups, behind others."""
+    return "".join(f", group_of_{n}" for n in range(groups))
+
+
+def facts(
+    clause: str,
+    bucket: str | None,
+    zone: str,
+    *,
+    start: str = "$1",
+    end: str = "$2",
+    groups: int = 0,
+    is_split: bool = False,
+) -> str:
+    """What was held and what moved between two places, one row a piece; cut at buckets, if asked.
+
+    A bucket lasts from the moment its first local time spells to the next one's. Where clocks are
+    set back, a local time is spelled twice and means the later moment, so that a moment may belong
+    to the bucket before the one that its own local time names.
+
+    With `groups`, how many kinds `memberships` has, rows are cut where a project changes its groups
+    and end with them. With `is_split` the rows are those of each `split_day`.
+    """
+    among = ""
+    if is_split:
+        among = " JOIN split_day ON split_member = project_id"
+        start, end = "split_from", "split_until"
+    lower, upper = f"greatest(starts_at, {start})", f"least(ends_at, {end})"
+    split = moved_split = ""
+    if groups:
+        split, moved_split = held_split(lower, upper), MOVED_SPLIT
+        lower, upper = f"greatest({lower}, member_from)", f"least({upper}, member_until)"
+    cut = name = moved_in = ""
+    if bucket is not None:
+        local = f"date_trunc('{bucket}', {{}} AT TIME ZONE {zone})"
+        spelled = "to_char({}, 'YYYY-MM-DD\"T\"HH24:MI:SS')"
+        step = f"interval '1 {bucket}'"
+        cut = (
+            f" CROSS JOIN LATERAL (SELECT local, greatest({lower}, local AT TIME ZONE {zone})"
+            f" AS since, least({upper}, (local + {step}) AT TIME ZONE {zone}) AS until"
+            f" FROM generate_series({local.format(lower)} - {step},"
+            f" {upper} AT TIME ZONE {zone}, {step}) AS local) AS cut"
+        )
+        name = f", {spelled.format('local')} AS bucket"
+        first = local.format("at")
+        moved_in = ", " + spelled.format(
+            f"CASE WHEN {first} AT TIME ZONE {zone} <= at THEN {first} ELSE {first} - {step} END"
+        )
+        lower, upper = "since", "until"
+    held = (
+        "SELECT region, resource_type, resource_id, project_id, user_id, state_class, attributes,"
+        f" NULL::text AS counter, ''::text AS label, 1000000 * (extract(epoch FROM {upper})"
+        f" - extract(epoch FROM {lower})) AS quantity, NULL::text AS summed{name}{group_columns(groups)}"
+        f" FROM usage_interval{among}{split}{cut}"
+        f" WHERE {start} < {end} AND starts_at < {end}"
+        f" AND (ends_at IS NULL OR ends_at > {start}){clause}"
+        + (" AND since < until" if bucket else "")
+    )
+    # what a resource was when something moved is in the interval of that moment
+    moved = (
+        "SELECT a.region, a.resource_type, a.resource_id, a.project_id, i.user_id, i.state_class,"
+        f" i.attributes, a.counter, a.label, a.amount, NULL::text{moved_in}{group_columns(groups)}"
+        f" FROM (SELECT * FROM usage_amount{among} WHERE at >= {start} AND at < {end}{clause}) AS a"
+        " LEFT JOIN usage_interval AS i"
+        " ON (i.resource_id, i.resource_type, i.region) = (a.resource_id, a.resource_type, a.region)"
+        f" AND i.starts_at <= a.at AND (i.ends_at IS NULL OR i.ends_at > a.at){moved_split}"
+    )
+    return f"{held} UNION ALL {moved}"
+
+
+def days(clause: str, bucket: str | None, *, first: str, last: str, groups: int = 0) -> str:
+    """Sums of whole UTC days from one place up to another, in rows of the same shape as `facts`.
+
+    With `groups`, but for each `split_day` of a project.
+    """
+    name = split = whole = ""
+    if groups:
+        split = (
+            " LEFT JOIN membership ON member = project_id"
+            f" AND member_from <= {_midnight('day')} AND member_until > {_midnight('day')}"
+        )
+        whole = (
+            " AND NOT EXISTS (SELECT FROM split_day WHERE split_member = project_id"
+            f" AND split_from = {_midnight('day')})"
+        )
+    if bucket is not None:
+        name = f", to_char(date_trunc('{bucket}', day::timestamp), 'YYYY-MM-DD\"T\"HH24:MI:SS')"
+    return (
+        "SELECT region, resource_type, NULL, nullif(project_id, ''), NULL, NULL, NULL::jsonb, NULL,"
+        f" '', amount, measure{name}{group_columns(groups)} FROM usage_day{split}"
+        f" WHERE day >= {first} AND day < {last} AND amount <> 0{clause}{whole}"
+    )
+
+
+def _midnight(day: str) -> str:
+    """When a UTC day begins."""
+    return f"{day}::date::timestamp AT TIME ZONE 'UTC'"
+
+
+def total(measure: Measure) -> str:
+    """What a measure amounts to over facts; names were checked with the mapping."""
+    of = f"resource_type = '{measure.resource_type}'"
+    if measure.counter is not None:
+        return (
+            f"sum(quantity) FILTER (WHERE {of} AND (counter = '{measure.counter}'"
+            f" OR summed = '{measure.name}'))"
+        )
+    product = "quantity"
+    if measure.attribute is not None:
+        product = f"quantity * coalesce((attributes->>'{measure.attribute}')::bigint, 0)"
+    return (
+        f"sum(CASE WHEN summed IS NULL THEN {product} ELSE quantity END) FILTER (WHERE {of}"
+        f" AND counter IS NULL AND (summed IS NULL OR summed = '{measure.name}'))"
+    )

@@ -1,0 +1,1 @@
+"""What usage costs, and how far budgets are used up."""

@@ -1,0 +1,98 @@
+"""Periodic work on budgets: what they have reached is noticed and told.
+
+May run in every replica at once: a crossing is recorded by whoever comes first, with its event.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from hostler_common import db, logs
+from hostler_usage.money import budget as budgets
+from hostler_usage.money import costing
+from hostler_usage.money.budget import Budget
+from hostler_usage.money.budget_messages import crossing_message
+from hostler_usage.money.costing import Costing, Wanted
+from hostler_usage.money.price_store import Crossing
+
+log = logs.get(__name__)
+
+SETTLING: Final = timedelta(days=3)
+"""For how long a period that is over is still looked at: messages about it come late."""
+_PAGE: Final = 500
+_ONCE: Final = "usage.budgets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetJobs:
+    """The loop of the service that concerns budgets."""
+
+    costing: Costing
+
+    async def notice(self) -> None:
+        """Every threshold that a budget has reached is recorded, and its event on its way, once.
+
+        Raises:
+            DatabaseUnavailable: the rest is noticed in a later turn.
+        """
+        async with db.singleton(self.costing.prices.pool, _ONCE) as is_ours:
+            if is_ours:  # else another replica is at it
+                await self._notice(datetime.now(UTC))
+
+    async def _notice(self, now: datetime) -> None:
+        marker = None
+        while True:
+            rows, marker = await self.costing.prices.budgets(
+                scope=None, limit=_PAGE, marker=marker
+            )
+            known = self.costing.metered.measures
+            wanted = [
+                item
+                for row in rows
+                for item in _current(budgets.budget(row.name, row.document), row.updated_at, now)
+                if item.budget.limit.measure is None or item.budget.limit.measure in known
+            ]
+            told = {
+                (one.budget, one.period_start, one.threshold)
+                for one in await self.costing.prices.crossings([row.name for row in rows])
+            }
+            states = await self.costing.states(wanted)
+            for item, state in zip(wanted, states, strict=True):
+                for percent in state.crossed:
+                    if (item.budget.name, state.period.start, percent) not in told:
+                        await self._tell(item, state, percent, now)
+            if marker is None:
+                return
+
+    async def _tell(self, item: Wanted, state: budgets.State, percent: int, now: datetime) -> None:
+        of = item.budget
+        unit = await self.costing.unit(of)
+        crossing = Crossing(
+            budget=of.name,
+            period_start=state.period.start,
+            period_end=state.period.end,
+            threshold=percent,
+            crossed_at=now,
+            consumed=costing.shown(state.consumed, of, unit),
+            limit=costing.shown(state.limit, of, unit),
+        )
+        message = crossing_message(
+            crossing, of.subject, unit=unit, forecast=costing.shown(state.forecast, of, unit)
+        )
+        if await self.costing.prices.record_crossing(crossing, message):
+            log.info(
+                "budget_threshold_crossed",
+                budget=of.name,
+                threshold_percent=percent,
+                period_start=state.period.start.isoformat(),
+            )
+
+
+def _current(of: Budget, since: datetime, now: datetime) -> Iterator[Wanted]:
+    """The budget in the period at hand, and in those that settle and ended after `since`."""
+    period = of.period(now - SETTLING) or of.period(now)
+    while period is not None and period.start <= now:
+        if period.end > since:
+            yield Wanted(budget=of, period=period, as_of=min(now, period.end))
+        period = None if of.fixed is not None else of.period(period.end)

@@ -1,0 +1,520 @@
+"""What usage costs and how far budgets are used up: usage asked for by slices, prices put to it.
+
+Nothing is stored: the same window, books and usage give the same costs at any time. The slices of
+one question are read one after the other, so that a fold between two of them is seen by the later
+alone; `unfolded` says whether there is one to come.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from fractions import Fraction
+from typing import Final
+
+from hostler_common import errors
+from hostler_usage.history.calendar_span import Span, ZoneUnknownError, begin, begins_within, zone
+from hostler_usage.history.measures import MICROSECONDS_PER_HOUR, Window
+from hostler_usage.history.report_store import (
+    GROUP_PREFIX,
+    GroupUnknown,
+    ReportStore,
+    Scope,
+    UsageFilter,
+    group_kinds,
+)
+from hostler_usage.money import budget as budgets
+from hostler_usage.money.budget import Budget, Membership, Period, State
+from hostler_usage.money.price_book import Metered, PriceBook, price_book
+from hostler_usage.money.price_store import PriceBookNotFound, PriceStore, StoredBook
+from hostler_usage.money.rating import Charge, Rated, Slice, UsageLine, money, rate, slices
+from hostler_usage.reading.times import MICROSECOND, PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
+
+MAX_SLICES: Final = 500
+_PAGE: Final = 5000
+_NAMES: Final = {"resource_type": "type"}
+"""A dimension's name in the ledger's reports, where it is another."""
+_COLUMNS: Final = ("project", "user", "resource", "resource_type", "region", "state_class")
+_BUCKETS: Final = {"day": Span.DAY, "month": Span.MONTH}
+
+
+class WindowRefused(errors.Invalid):
+    """The window ends before it begins, lies outside the calendar, or is cut into too many pieces."""
+
+    code = "usage.costs.window_invalid"
+
+
+class CurrenciesDiffer(errors.Invalid):
+    """Costs in two currencies cannot be compared."""
+
+    code = "usage.costs.currencies_differ"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Whose costs are asked for, when, and by what they are told apart."""
+
+    start: datetime
+    end: datetime
+    as_of: datetime
+    group_by: tuple[str, ...]
+    time_zone: str
+    scope: Scope
+    project_id: str | None
+    only: Mapping[str, str]  # dimensions that must have a value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Book:
+    """A stored book and what it means."""
+
+    stored: StoredBook
+    book: PriceBook
+
+
+@dataclass(slots=True)
+class Share:
+    """What a group costs by one book: exact sums, and amounts that have no price."""
+
+    cost: Fraction = Fraction(0)
+    list_cost: Fraction = Fraction(0)
+    quantities: dict[tuple[str, str], Fraction] = field(
+        default_factory=lambda: defaultdict(Fraction)
+    )
+    costs: dict[tuple[str, str], Fraction] = field(default_factory=lambda: defaultdict(Fraction))
+    unpriced: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def charge(self, item: Charge) -> None:
+        """The charge is in the sums."""
+        key = (item.price, item.line.measure)
+        self.cost += item.cost
+        self.list_cost += item.list_cost
+        self.quantities[key] += item.quantity
+        self.costs[key] += item.cost
+
+    def add(self, other: "Share") -> None:
+        """The other is in the sums."""
+        self.cost += other.cost
+        self.list_cost += other.list_cost
+        for key, quantity in other.quantities.items():
+            self.quantities[key] += quantity
+            self.costs[key] += other.costs[key]
+        for name, amount in other.unpriced.items():
+            self.unpriced[name] += amount
+
+
+Key = tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """The answer: for each group, in order, its share by each of the books."""
+
+    rows: Mapping[Key, Sequence[Share]]
+    totals: Sequence[Share]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A budget in a period, as it stands at `as_of` (the period's end, when it is over)."""
+
+    budget: Budget
+    period: Period
+    as_of: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Something somebody would use: amounts by measure, in unit-hours or units that move."""
+
+    project: str
+    user: str | None
+    amounts: Mapping[str, Fraction]
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a request comes to, in a budget's unit, and those of its measures that have no price."""
+
+    amount: Fraction
+    unpriced: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Grouping:
+    """How lines become rows."""
+
+    edges: frozenset[datetime]
+    dimensions: frozenset[str]
+    key: Callable[[UsageLine], Key]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costing:
+    """Costs and budgets over the ledger's usage."""
+
+    reports: ReportStore
+    prices: PriceStore
+
+    @property
+    def metered(self) -> Metered:
+        """The measures there are, and what usage can be told apart by."""
+        mapping = self.reports.mapping
+        return Metered(
+            measures={item.name: item for item in mapping.measures},
+            dimensions=frozenset({*_COLUMNS, *mapping.attribute_names}),
+        )
+
+    async def book(self, name: str, *, is_bound: bool) -> Book:
+        """The book named `name`, or `name@version`. Callers bound to projects see public ones only.
+
+        Raises:
+            PriceBookNotFound: there is none for the caller.
+            DatabaseUnavailable: the database is away.
+        """
+        plain, _, version = name.partition("@")
+        if version and not (version.isdecimal() and len(version) < 10):
+            raise PriceBookNotFound(f"there is no price book {name}")
+        stored = await self.prices.book(plain, int(version) if version else None)
+        book = price_book(stored.document)
+        if is_bound and not book.is_public:
+            raise PriceBookNotFound(f"there is no price book {name}")
+        return Book(stored=stored, book=book)
+
+    # --- the one place where usage is asked for
+
+    async def lines(
+        self,
+        spans: Iterable[Slice],
+        dimensions: Iterable[str],
+        where: UsageFilter,
+        as_of: datetime,
+    ) -> list[UsageLine]:
+        """The usage in each span, told apart by the dimensions; what comes after `as_of` is none.
+
+        Raises:
+            GroupUnknown: usage cannot be told apart by one of the dimensions.
+            DatabaseUnavailable: the database is away.
+        """
+        found: list[UsageLine] = []
+        names = {name: _NAMES.get(name, name) for name in sorted(dimensions)}
+        for span in spans:
+            if span.start >= as_of:
+                break
+            window = Window(start=span.start, end=span.end, as_of=as_of)
+            marker = None
+            while True:
+                rows, marker = await self.reports.usage(
+                    window, list(names.values()), where, limit=_PAGE, marker=marker
+                )
+                for row in rows:
+                    group = {name: row.group[known] for name, known in names.items()}
+                    found += (
+                        UsageLine(
+                            group=group,
+                            measure=measure,
+                            amount=amount,
+                            start=span.start,
+                            end=span.end,
+                        )
+                        for measure, amount in row.amounts.items()
+                        if amount
+                    )
+                if marker is None:
+                    break
+        return found
+
+    # --- costs
+
+    async def costs(self, question: Question, books: Sequence[PriceBook]) -> Costs:
+        """What the usage of a window costs by each of the books, which have one currency.
+
+        Raises:
+            WindowRefused, GroupUnknown, CurrenciesDiffer: the question cannot be meant.
+            DatabaseUnavailable: the database is away.
+        """
+        if len({book.currency for book in books}) > 1:
+            raise CurrenciesDiffer("the two price books have different currencies")
+        if not PLAUSIBLE_FROM <= question.start < question.end <= PLAUSIBLE_UNTIL:
+            raise WindowRefused("end must be later than start, and both lie from 2000 to 2099")
+        grouping = await self._grouping(question, books)
+        spans = _bounded(slices(books, question.start, question.end, edges=grouping.edges))
+        dimensions = {*grouping.dimensions, *question.only}
+        for book in books:
+            dimensions |= book.dimensions(self.metered.measures)
+        # where something accumulates, what a project used of anything may say what the rest costs
+        known = {} if any(book.periods for book in books) else question.only
+        where = UsageFilter(
+            scope=question.scope,
+            project_id=question.project_id,
+            region=known.get("region"),
+            resource_type=known.get("resource_type"),
+            resource_id=known.get("resource"),
+        )
+        lines = await self.lines(spans, dimensions, where, question.as_of)
+        return await asyncio.to_thread(self._summed, question, books, grouping, lines)
+
+    async def _grouping(self, question: Question, books: Sequence[PriceBook]) -> _Grouping:
+        kinds = group_kinds(question.group_by)
+        edges: set[datetime] = set()
+        if any(book.periods for book in books):
+            # lines of a slice share what they accumulate: what a project used before it changed its group comes first
+            for kind in kinds:
+                for one in await self.prices.memberships(kind=kind, scope=question.scope):
+                    edges.update(edge for edge in (one.start, one.end) if edge is not None)
+        try:
+            place = zone(question.time_zone)
+        except ZoneUnknownError as exc:
+            raise GroupUnknown(str(exc)) from exc
+        for name in question.group_by:
+            if name in _BUCKETS:
+                edges.update(begins_within(question.start, question.end, _BUCKETS[name], place))
+        known = self.metered.dimensions
+        dimensions = set()
+        for name in question.group_by:
+            if name.startswith(GROUP_PREFIX) or name in known:
+                dimensions.add(name)
+            elif name not in _BUCKETS:
+                listed = ", ".join(sorted({*known, *_BUCKETS, f"{GROUP_PREFIX}<kind>"}))
+                raise GroupUnknown(f"costs cannot be grouped by {name}: there are {listed}")
+
+        def key(line: UsageLine) -> Key:
+            found: list[str | None] = []
+            for name in question.group_by:
+                if name in _BUCKETS:
+                    first = begin(line.start, _BUCKETS[name], place).astimezone(place)
+                    found.append(first.date().isoformat())
+                else:
+                    found.append(line.group[name])
+            return tuple(found)
+
+        return _Grouping(edges=frozenset(edges), dimensions=frozenset(dimensions), key=key)
+
+    def _summed(
+        self,
+        question: Question,
+        books: Sequence[PriceBook],
+        grouping: _Grouping,
+        lines: Sequence[UsageLine],
+    ) -> Costs:
+        rows: dict[Key, list[Share]] = defaultdict(lambda: [Share() for _ in books])
+        for number, book in enumerate(books):
+            result = self._rate(book, lines, question.start)
+            for charge in result.charges:
+                if _is_asked_for(charge.line, question.only):
+                    rows[grouping.key(charge.line)][number].charge(charge)
+            for line in result.unpriced:
+                if _is_asked_for(line, question.only):
+                    rows[grouping.key(line)][number].unpriced[line.measure] += line.amount
+        totals = [Share() for _ in books]
+        for shares in rows.values():
+            for sum_of, share in zip(totals, shares, strict=True):
+                sum_of.add(share)
+        order = sorted(rows, key=lambda key: tuple(name or "" for name in key))
+        return Costs(rows={key: rows[key] for key in order}, totals=totals)
+
+    def _rate(self, book: PriceBook, lines: Iterable[UsageLine], counted_from: datetime) -> Rated:
+        return rate(book, lines, measures=self.metered.measures, counted_from=counted_from)
+
+    # --- budgets
+
+    async def unit(self, of: Budget) -> str:
+        """What the budget is counted in: a measure, or its price book's currency.
+
+        Raises:
+            PriceBookNotFound: the book is gone.
+            DatabaseUnavailable: the database is away.
+        """
+        if of.limit.price_book is None:
+            return of.limit.measure or ""
+        return (await self.book(of.limit.price_book, is_bound=False)).book.currency
+
+    async def states(self, wanted: Sequence[Wanted]) -> list[State]:
+        """How far each of the budgets is used up, in the order given.
+
+        Raises:
+            PriceBookNotFound: the book that a budget counts by is gone.
+            DatabaseUnavailable: the database is away.
+        """
+        alike: dict[tuple[str | None, Period, datetime], list[Wanted]] = defaultdict(list)
+        for item in wanted:
+            alike[item.budget.limit.price_book, item.period, item.as_of].append(item)
+        found: dict[int, State] = {}
+        for (name, period, as_of), items in alike.items():
+            consumed = await self._consumed(name, period, as_of, [item.budget for item in items])
+            for item, (whole, recent) in zip(items, consumed, strict=True):
+                found[id(item)] = budgets.state(
+                    item.budget, period, as_of, consumed=whole, recent=recent
+                )
+        return [found[id(item)] for item in wanted]
+
+    async def _consumed(
+        self, name: str | None, period: Period, as_of: datetime, of: Sequence[Budget]
+    ) -> list[tuple[Fraction, Fraction]]:
+        """For each budget what was consumed in the period until `as_of`, and in the week before."""
+        if as_of <= period.start:
+            return [(Fraction(0), Fraction(0)) for _ in of]
+        book = None if name is None else (await self.book(name, is_bound=False)).book
+        kinds = sorted({one.subject.group_kind for one in of if one.subject.group_kind})
+        memberships: dict[str, list[Membership]] = defaultdict(list)
+        for kind in kinds:
+            for member in await self.prices.memberships(kind=kind):
+                memberships[member.project].append(member)
+        lately = as_of - budgets.FORECAST_FROM
+        start = min(period.start, lately) if as_of < period.end else period.start
+        edges = {period.start, lately}
+        for found in memberships.values():
+            edges |= {edge for m in found for edge in (m.start, m.end) if edge is not None}
+        spans = _bounded(slices([] if book is None else [book], start, as_of, edges=edges))
+        dimensions = {"project"} | ({"user"} if any(one.subject.user for one in of) else set())
+        if book is not None:
+            dimensions |= book.dimensions(self.metered.measures)
+        scope = {project for one in of for project in one.subject.projects}
+        scope |= {
+            project
+            for one in of
+            for project, found in memberships.items()
+            if one.subject.group in {member.group for member in found}
+        }
+        # what a user used may be any project's
+        is_open = any(one.subject.user is not None for one in of)
+        where = UsageFilter(scope=None if is_open else frozenset(scope))
+        lines = await self.lines(spans, dimensions, where, as_of)
+        return await asyncio.to_thread(
+            self._split, book, lines, of, memberships, start, period.start, lately
+        )
+
+    def _split(
+        self,
+        book: PriceBook | None,
+        lines: Sequence[UsageLine],
+        of: Sequence[Budget],
+        memberships: Mapping[str, Sequence[Membership]],
+        start: datetime,
+        period_start: datetime,
+        lately: datetime,
+    ) -> list[tuple[Fraction, Fraction]]:
+        measures = self.metered.measures
+        used: list[tuple[UsageLine, Fraction]]
+        if book is None:
+            needed = {one.limit.measure for one in of}
+            used = [
+                (line, budgets.amount_of(measures[line.measure], line.amount))
+                for line in lines
+                if line.measure in needed
+            ]
+        else:
+            used = [(item.line, item.cost) for item in self._rate(book, lines, start).charges]
+        by_project: dict[str | None, list[tuple[UsageLine, Fraction]]] = defaultdict(list)
+        by_user: dict[str | None, list[tuple[UsageLine, Fraction]]] = defaultdict(list)
+        for item in used:
+            by_project[item[0].group["project"]].append(item)
+            by_user[item[0].group.get("user")].append(item)
+        result = []
+        for one in of:
+            subject = one.subject
+            members = subject.projects if subject.group is None else memberships
+            whole = recent = Fraction(0)
+            for line, amount in (
+                by_user[subject.user]
+                if subject.user is not None
+                else (item for project in members for item in by_project.get(project, ()))
+            ):
+                project = line.group["project"]
+                if line.measure == (one.limit.measure or line.measure) and subject.covers(
+                    project,
+                    line.group.get("user"),
+                    line.start,
+                    line.end,
+                    memberships.get(project or "", ()),
+                ):
+                    whole += amount if line.start >= period_start else 0
+                    recent += amount if line.start >= lately else 0
+            result.append((whole, recent))
+        return result
+
+    async def asked(self, request: Request, of: Budget, now: datetime) -> Asked:
+        """What the request would come to if it were used now, on top of what was used before.
+
+        Raises:
+            PriceBookNotFound: the book that the budget counts by is gone.
+            DatabaseUnavailable: the database is away.
+        """
+        if of.limit.measure is not None:
+            return Asked(amount=request.amounts.get(of.limit.measure, Fraction(0)), unpriced=())
+        assert of.limit.price_book is not None
+        book = (await self.book(of.limit.price_book, is_bound=False)).book
+        measures = self.metered.measures
+        spans = slices([book], now, now + MICROSECOND)
+        dimensions = book.dimensions(measures)
+        where = UsageFilter(scope=frozenset({request.project}))
+        lines = (
+            await self.lines(spans, dimensions | {"project"}, where, now) if book.periods else []
+        )
+        group: dict[str, str | None] = {name: request.attributes.get(name) for name in dimensions}
+        group |= {"project": request.project, "user": request.user, "resource": None}
+        lines += [
+            UsageLine(
+                group=group,
+                measure=name,
+                amount=_whole(amount * (MICROSECONDS_PER_HOUR if measures[name].is_held else 1)),
+                start=now,
+                end=now + MICROSECOND,
+            )
+            for name, amount in request.amounts.items()
+        ]
+        result = await asyncio.to_thread(self._rate, book, lines, now)
+        return Asked(
+            amount=sum((charge.cost for charge in result.charges), Fraction(0)),
+            unpriced=tuple(sorted({line.measure for line in result.unpriced})),
+        )
+
+
+def dimension(name: str) -> str:
+    """The dimension that a name in a question means: reports call a resource's type `type`."""
+    return "resource_type" if name == "type" else name
+
+
+def in_utc(moment: datetime) -> datetime:
+    """The moment in UTC.
+
+    Raises:
+        WindowRefused: it has none, being outside the calendar there.
+    """
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as exc:
+        raise WindowRefused("a time lies outside the calendar in UTC") from exc
+
+
+def decimals(amount: Fraction, places: int = 6) -> str:
+    """The amount for eyes, rounded half to even."""
+    return format(Decimal(f"{round(amount * 10**places)}e-{places}"), "f")
+
+
+def shown(amount: Fraction, of: Budget, unit: str) -> str:
+    """An amount of a budget as it is shown: money in its unit, else with six decimals."""
+    if of.limit.price_book is None:
+        return decimals(amount)
+    return format(money(amount, unit), "f")
+
+
+def _bounded(spans: list[Slice]) -> list[Slice]:
+    if len(spans) > MAX_SLICES:
+        raise WindowRefused(
+            f"the window is cut into {len(spans)} pieces by price changes, periods, groups and"
+            f" days: {MAX_SLICES} at most"
+        )
+    return spans
+
+
+def _is_asked_for(line: UsageLine, only: Mapping[str, str]) -> bool:
+    return all(line.group[name] == value for name, value in only.items())
+
+
+def _whole(amount: Fraction) -> int:
+    """The least whole number that is no less."""
+    return -(-amount.numerator // amount.denominator)

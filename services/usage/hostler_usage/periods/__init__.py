@@ -1,0 +1,1 @@
+"""Months that are closed once and for all."""
