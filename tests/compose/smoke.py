@@ -9,7 +9,9 @@ import asyncio
 import hashlib
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -35,7 +37,8 @@ AGENT_HOST = os.environ["HOSTLER_AGENT_HOST"]
 TOKEN_FILE = Path("/run/secrets/admin-token")
 PATIENCE_SECONDS = 60.0
 T = TypeVar("T")
-IMAGE_BYTES = 20_000_003  # several pieces, and a last one that is shorter
+RAW_BYTES = 20_000_003  # several pieces, and a last one that is shorter
+QCOW2_DISK_BYTES = 20_000_256  # a disk of whole sectors, as every qcow2 is
 
 
 class ClaimBroken(Exception):
@@ -184,9 +187,28 @@ async def host_reports_become_capacity(token: str) -> None:
                   row["state"] == "up" and row["resources"]["memory_mb"]["limit"] > 0)  # fmt: skip
 
 
-async def image_reaches_the_agent(token: str) -> None:
-    """An image at a web server is on the agent's disk, whole: it says so only of verified pieces."""
-    content = os.urandom(IMAGE_BYTES)
+async def images_reach_the_agent(token: str) -> None:
+    """Images at a web server are on the agent's disk, whole, as raw disks."""
+    await image_reaches_the_agent(token, "raw", os.urandom(RAW_BYTES), RAW_BYTES)
+    await image_reaches_the_agent(token, "qcow2", qcow2_of(QCOW2_DISK_BYTES), QCOW2_DISK_BYTES)
+
+
+def qcow2_of(disk_bytes: int) -> bytes:
+    """A qcow2 image of a disk of so many random bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw, image = Path(folder, "disk.raw"), Path(folder, "disk.qcow2")
+        raw.write_bytes(os.urandom(disk_bytes))
+        subprocess.run(
+            ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image],
+            check=True,
+        )
+        return image.read_bytes()
+
+
+async def image_reaches_the_agent(
+    token: str, disk_format: str, content: bytes, disk_bytes: int
+) -> None:
+    """An image is on the agent's disk, whole: it says so only of verified pieces."""
 
     async def download(_: web.Request) -> web.Response:
         return web.Response(body=content)
@@ -207,6 +229,7 @@ async def image_reaches_the_agent(token: str) -> None:
                     "image": {
                         "image_id": image_id,
                         "location": f"http://{own_address()}:{port}/image",
+                        "disk_format": disk_format,
                         "os_hash_algo": "sha512",
                         "os_hash_value": hashlib.sha512(content).hexdigest(),
                     },
@@ -222,11 +245,11 @@ async def image_reaches_the_agent(token: str) -> None:
                     raise ClaimBroken(f"the distribution failed: {answer['reason']}")
                 return answer if answer["state"] == "done" else None
 
-            answer = await eventually("precache has put an image on the agent", done)
+            answer = await eventually(f"precache has put a {disk_format} image on the agent", done)
             arrived = {row["host"]: row["bytes_done"] for row in answer["progress"]}
             check(
-                f"the agent has all {IMAGE_BYTES} bytes of it",
-                arrived == {AGENT_HOST: IMAGE_BYTES},
+                f"the agent has all {disk_bytes} bytes of its disk",
+                arrived == {AGENT_HOST: disk_bytes},
             )
     finally:
         await runner.cleanup()
@@ -272,7 +295,7 @@ async def main(token: str) -> int:
         await everybody_is_ready_and_asks_who_calls(token)
         await notifications_become_usage(token)
         await host_reports_become_capacity(token)
-        await image_reaches_the_agent(token)
+        await images_reach_the_agent(token)
         await node_is_powered_on(token)
     except (ClaimBroken, errors.HostlerError) as exc:
         print(f"  FAILED: {exc}")  # noqa: T201  a program
