@@ -54,9 +54,12 @@ async def new_database(stage: bench.Stage) -> str:
 
 @asynccontextmanager
 async def running(
-    stage: bench.Stage, amqp_url: str, database_url: str
+    stage: bench.Stage, amqp_url: str, database_url: str, **settings: str
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """The service's process, and the address of its API, which may not answer yet."""
+    """The service's process, and the address of its API, which may not answer yet.
+
+    `settings` are those that are not as they come.
+    """
     port = servers.free_port()
     with stage.log_file("service").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
@@ -69,6 +72,7 @@ async def running(
                 "HOSTLER_USAGE_HTTP_PORT": str(port),
                 "HOSTLER_USAGE_BATCH_SIZE": str(BATCH),
                 "HOSTLER_USAGE_LOG_LEVEL": "WARNING",
+                **{f"HOSTLER_USAGE_{name.upper()}": value for name, value in settings.items()},
             },
             stdout=log,
             stderr=log,

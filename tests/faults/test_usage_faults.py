@@ -7,16 +7,18 @@ byte. The properties themselves are in services/usage/tests/unit/test_usage_prop
 
 import asyncio
 import bz2
+import errno
 import gzip
 import hashlib
 import json
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -641,6 +643,89 @@ async def test_a_database_restarted_while_publishing_loses_nothing(
 
 
 # --- no room on the database's disk
+
+PIECE_BYTES = 512 * 1024
+
+
+@contextmanager
+def small_disk(directory: Path, *, of: Path) -> Iterator[Path]:
+    """A file system in memory, its owner that of a server's data. Mounting takes root."""
+    directory.mkdir()
+    options = f"size=64m,mode=0700,uid={of.stat().st_uid}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def fill(disk: Path) -> list[Path]:
+    """Not a byte is left on it; deleting one of the files gives a piece of room."""
+    pieces: list[Path] = []
+    while True:
+        piece = disk / f"ballast-{len(pieces)}"
+        pieces.append(piece)
+        with piece.open("wb", buffering=0) as file:
+            try:
+                written = file.write(bytes(PIECE_BYTES))
+            except OSError as exc:
+                assert exc.errno == errno.ENOSPC  # noqa: PT017  a full disk is what it is for
+                return pieces
+            if written < PIECE_BYTES:  # the last pages
+                return pieces
+
+
+async def test_a_disk_that_fills_up_again_and_again_is_waited_for_and_nothing_is_lost(
+    own_postgres: servers.Postgres, amqp_url: str, run_service: RunService, server_directory: Path
+) -> None:
+    """The ledger on a disk of 64 MB without a free byte, which is given room piece by piece."""
+    published = [
+        *(Sent(body) for body in BODIES),
+        *(Sent(b"{" * n, "usage.notification.not_json") for n in range(1, 40)),
+    ]
+    data = Path(await query(own_postgres.url, "SHOW data_directory"))
+
+    def refusals() -> int:
+        return (data.parent / "postgres.log").read_text().count("No space left on device")
+
+    with small_disk(server_directory / "small", of=data) as disk:
+        await query(own_postgres.url, f"CREATE TABLESPACE small LOCATION '{disk}'")
+        await query(own_postgres.url, "CREATE DATABASE small TABLESPACE small")
+        url = own_postgres.url.rsplit("/", 1)[0] + "/small"
+        async with run_service(
+            app.serve,
+            Settings,
+            app.PACKAGE,
+            database_url=url,
+            batch_size=50,
+            fold_seconds=0.05,
+            log_level="ERROR",
+        ) as service:
+            pieces = fill(disk)
+            await publish(amqp_url, published)
+            full = 0
+            while not await ended(url, published):
+                before = refusals()
+                # it comes to an end, or to the end of the disk
+                await testing.eventually(
+                    partial(is_ended_or_refused, url, published, refusals, before)
+                )
+                if refusals() > before and pieces:
+                    full += 1
+                    pieces.pop().unlink()
+            assert full > 3
+            assert await usage(service.api) == TRUTH
+        await assert_each_in_one_place(url, published)
+        assert (await tally(url))["stored"] == len(BODIES)
+        await query(own_postgres.url, "DROP DATABASE small WITH (FORCE)")
+        await query(own_postgres.url, "DROP TABLESPACE small")
+
+
+async def is_ended_or_refused(
+    url: str, published: Sequence[Sent], refusals: Callable[[], int], before: int
+) -> bool:
+    return refusals() > before or await ended(url, published)
+
 
 FULL = """
     CREATE FUNCTION usage.full_disk() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -9,9 +9,9 @@ import asyncio
 import base64
 import binascii
 import hashlib
-import hmac
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +26,8 @@ from hostler_common.settings import Settings, SettingsError
 log = logs.get(__name__)
 
 COOKIE = "hostler_token"
+HOST_AGENT = "agent@"
+"""How the name of an agent's token begins that is good for one host: `agent@<host>`."""
 JWKS_SECONDS = 300.0
 JWKS_TIMEOUT_SECONDS = 5.0
 
@@ -55,9 +57,31 @@ class Principal:
     role: Role
     projects: frozenset[str] | None = None
 
+    @property
+    def host(self) -> str | None:
+        """The one host that the caller speaks for; None for whoever may speak for any."""
+        if self.role is not Role.AGENT or not self.name.startswith(HOST_AGENT):
+            return None
+        return self.name.removeprefix(HOST_AGENT)
+
+    def speak_for(self, host: str) -> None:
+        """Return if the caller may say or be told what is this host's.
+
+        Raises:
+            OtherHost: its token is another host's.
+        """
+        if self.host not in (None, host):
+            raise OtherHost(f"{self.name} speaks for its own host only, not for {host}")
+
     def has(self, role: Role) -> bool:
         """Whether the caller may do what ``role`` may."""
         return role in _INCLUDES[self.role]
+
+
+class OtherHost(errors.Forbidden):
+    """The token is bound to a host, and this is about another one."""
+
+    code = "auth.other_host"
 
 
 class KeysUnavailable(errors.Unavailable):
@@ -76,6 +100,9 @@ class Verifier(Protocol):
             Unauthenticated: the token is not valid.
         """
 
+    def named(self, name: str) -> Sequence[Principal] | None:
+        """Who may call by that name now; None where that is not known until a token is shown."""
+
 
 class NoVerifier:
     """Everybody is admin."""
@@ -84,6 +111,11 @@ class NoVerifier:
         """The one principal there is, whatever the token."""
         del token
         return Principal(name="anybody", role=Role.ADMIN)
+
+    def named(self, name: str) -> Sequence[Principal] | None:
+        """Not known: everybody is."""
+        del name
+        return None
 
 
 class TokenFile:
@@ -125,14 +157,16 @@ class TokenFile:
 
     async def verify(self, token: str) -> Principal:
         """The principal of the line that has the token's sha256."""
-        digest = hashlib.sha256(token.encode()).digest()
-        found = None
-        for known, principal in self._principals.items():  # every line, so that time tells nothing
-            if hmac.compare_digest(known, digest):
-                found = principal
+        # how long the look takes depends on the hash, which nobody can choose: it tells nothing of any
+        # token, and ten thousand hosts may have one each
+        found = self._principals.get(hashlib.sha256(token.encode()).digest())
         if found is None:
             raise errors.Unauthenticated("the token is not known here")
         return found
+
+    def named(self, name: str) -> Sequence[Principal]:
+        """The principals of all lines of that name: a name may have several tokens."""
+        return [found for found in self._principals.values() if found.name == name]
 
 
 def _parse_line(line: str) -> tuple[bytes, Principal]:
@@ -201,6 +235,11 @@ class JwtVerifier:
             )
         except (jwt.PyJWTError, ValueError, TypeError) as exc:
             raise errors.Unauthenticated(f"the token is not valid: {type(exc).__name__}") from exc
+
+    def named(self, name: str) -> Sequence[Principal] | None:
+        """Not known: the identity provider gives out the tokens."""
+        del name
+        return None
 
     async def _signing_key(self, token: str) -> jwt.PyJWK:
         kid = jwt.get_unverified_header(token).get("kid")

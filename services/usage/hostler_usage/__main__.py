@@ -101,11 +101,14 @@ def report_command(
 def _report_rows(answer: dict[str, Any]) -> Iterator[list[str]]:
     """The heading, then a row for each group; measures that nobody used are left out."""
     used = list(dict.fromkeys(name for row in answer["usage"] for name in _amounts(row)))
-    yield [*answer["group_by"], "resources", *used]
+    # sums of whole days do not know how many resources there were
+    counts = any(row["resources"] is not None for row in answer["usage"])
+    yield [*answer["group_by"], *["resources"][:counts], *used]
     for row in answer["usage"]:
         groups = [row["group"][name] or "unknown" for name in answer["group_by"]]
         amounts = _amounts(row)
-        yield [*groups, str(row["resources"] or ""), *(amounts.get(name, "") for name in used)]
+        resources = [str(row["resources"] or "")][:counts]
+        yield [*groups, *resources, *(amounts.get(name, "") for name in used)]
 
 
 def _amounts(row: dict[str, Any]) -> dict[str, str]:

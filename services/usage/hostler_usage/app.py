@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from hostler_common import bus, http, quarantine, service
+from hostler_common import auth, bus, http, quarantine, service
 from hostler_common.health import Health
 from hostler_usage import api, messages, pages
 from hostler_usage.auditing import audits_api
@@ -176,6 +176,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         audits = AuditJobs(
             store=AuditCheckStore(
                 pool=pool,
+                mapping=mapping,
                 settle=timedelta(seconds=settings.audit_settle_seconds),
                 silent_after=settings.audit_silent_after,
             ),
@@ -190,6 +191,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             hub=hub,
             publisher=publisher,
             callbacks=callbacks,
+            named=auth.verifier(settings).named,
             count=lambda outcome: metrics.hub_outcomes.labels(outcome).inc(),
         )
         settle_feeds = partial(pace.when_quiet, feed_jobs.settle)

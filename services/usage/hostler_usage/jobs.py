@@ -37,11 +37,15 @@ class Jobs:
         Raises:
             DatabaseUnavailable: what is left is folded in a later turn.
         """
-        folded = 1
-        while folded and self.pace.may_fold():
+        waiting = 0
+        while self.pace.may_fold():
             with self.pace.fold():
-                folded = await self.folds.fold_some(self.fold_limit)
+                waiting = waiting or await self.folds.gather(self.fold_limit)
+                folded = await self.folds.fold_some(self.fold_limit) if waiting else 0
+            if not folded:
+                return  # nothing waits, or another process has it in hand
             self.metrics.folded.inc(folded)
+            waiting = max(0, waiting - folded)
 
     async def sum_days(self) -> None:
         """Every day that has ended is summed up.

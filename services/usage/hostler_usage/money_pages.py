@@ -13,9 +13,8 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse
-from pydantic import StringConstraints
 
 from hostler_common import auth, http
 from hostler_usage.charts import Chart, days_between, stack
@@ -23,16 +22,23 @@ from hostler_usage.history.measures import hours
 from hostler_usage.money import costing
 from hostler_usage.money.budget_standing import standings
 from hostler_usage.money.costing import Book, Costing, Question, Share
-from hostler_usage.money.price_book import NAME
 from hostler_usage.money.price_store import PriceBookNotFound
 from hostler_usage.money.rating import money
-from hostler_usage.page_frame import Filled, Marker, Month, Name, Shown, render, shown_month
+from hostler_usage.page_frame import (
+    DEFAULT_BOOK,
+    BookName,
+    Marker,
+    Month,
+    Name,
+    Shown,
+    render,
+    shown_month,
+)
 from hostler_usage.periods.period import State
 from hostler_usage.periods.period_store import PeriodStore, StoredPeriod
 
 ROWS_SHOWN: Final = 200
 DRAWN: Final = 6
-DEFAULT_BOOK: Final = "default"
 _DAY: Final = "day"
 _REST: Final = "all others"
 
@@ -40,8 +46,6 @@ router = APIRouter(include_in_schema=False)
 
 CostingDep = Annotated[Costing, http.state("costing")]
 PeriodsDep = Annotated[PeriodStore, http.state("periods")]
-_BookText = Annotated[str, StringConstraints(pattern=f"^{NAME}(@[1-9][0-9]{{0,8}})?$")]
-BookName = Annotated[_BookText | None, Filled, Query()]
 PeriodName = Annotated[str, Path(max_length=255, pattern=r"^[^\x00]*$")]
 READER: Any = auth.require(auth.Role.READER)
 
@@ -72,7 +76,7 @@ class Bill:
     list_cost: Decimal
     rows: Sequence[CostRow]
     is_cut: bool
-    charges: Sequence[tuple[str, str, str, Decimal]]
+    charges: Sequence[tuple[str, str, Decimal, Decimal]]
     unpriced: Sequence[tuple[str, float]]
     chart: Chart | None
 
@@ -166,13 +170,13 @@ def _bill(
             (
                 price,
                 measure,
-                costing.decimals(total.quantities[price, measure], places=2),
+                Decimal(costing.decimals(total.quantities[price, measure], places=2)),
                 money(total.costs[price, measure], currency),
             )
             for price, measure in sorted(total.costs)
         ],
         unpriced=[
-            (name, float(hours(amount)) if measures[name].is_held else float(amount))
+            (name, float(hours(amount)) if measures[name].is_held else amount)
             for name, amount in sorted(total.unpriced.items())
         ],
         chart=_by_day(shown, currency, largest, by_day) if total.cost else None,
@@ -284,7 +288,7 @@ async def period(
         blockers=await _details(store, found, now),
         sees_all=caller.projects is None,
         totals=[
-            (measure, amount, float(hours(amount)) if measure in held else float(amount))
+            (measure, amount, float(hours(amount)) if measure in held else amount)
             for measure, amount in sorted(found.manifest.totals.items())
         ]
         if found.manifest

@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, StringConstraints
 from hostler_common import auth, errors
 from hostler_common.pages import Pages
 from hostler_usage.history.measures import Window
+from hostler_usage.money.price_book import NAME
 
 _MEDIA_TYPES: Final = {".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
 _STATIC: Final = {
@@ -37,7 +38,7 @@ _PARTS: Final = (
     ("/costs", "/costs", "costs"),
     ("/budgets", "/budgets", "budgets"),
     ("/periods", "/periods", "periods"),
-    ("/v1/reports/idle", "/v1/reports/idle", "idle resources"),
+    ("/idle", "/idle", "idle resources"),
     ("/v1/price-books", "/v1/price-books", "price books"),
     ("/feeds/all.atom", "/feeds/all.atom", "feed"),
 )
@@ -65,6 +66,9 @@ Filled = _filled
 """For parameters of other types: an empty text is nothing."""
 _MonthText = Annotated[str, StringConstraints(pattern=r"^(20|21)\d\d-(0[1-9]|1[0-2])$")]
 Month = Annotated[_MonthText | None, _filled, Query()]
+_BookText = Annotated[str, StringConstraints(pattern=f"^{NAME}(@[1-9][0-9]{{0,8}})?$")]
+BookName = Annotated[_BookText | None, _filled, Query()]
+DEFAULT_BOOK: Final = "default"
 _DAY: Final = timedelta(days=1)
 
 

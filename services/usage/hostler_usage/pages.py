@@ -7,7 +7,7 @@ API. All times are UTC. Tables hold the truth; what is drawn is drawn from them.
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from itertools import groupby
 from typing import Annotated, Any, Final
@@ -18,7 +18,7 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse
 
 from hostler_common import auth, errors, http, quarantine
-from hostler_usage import check_pages, money_pages, page_frame
+from hostler_usage import check_pages, idle_pages, money_pages, page_frame
 from hostler_usage.auditing.audit_report_store import AuditFilter, AuditGroup, AuditReportStore
 from hostler_usage.charts import Chart, Moment, Span, Timeline, days_between, stack, timeline
 from hostler_usage.history.measures import Window, hours
@@ -53,6 +53,7 @@ router = APIRouter(include_in_schema=False)
 router.include_router(page_frame.router)
 router.include_router(check_pages.router)
 router.include_router(money_pages.router)
+router.include_router(idle_pages.router)
 
 ReportsDep = Annotated[ReportStore, http.state("reports")]
 AuditReportsDep = Annotated[AuditReportStore, http.state("audit_reports")]
@@ -355,8 +356,8 @@ def _amounts(measure: Measure, amounts: dict[date, int]) -> dict[date, float]:
 
 
 def _amount(measure: Measure, exact: int) -> float:
-    """An amount for eyes: hours of what was held, units of what moved."""
-    return float(hours(exact)) if measure.is_held else float(exact)
+    """An amount for eyes: hours of what was held, whole units of what moved."""
+    return float(hours(exact)) if measure.is_held else exact
 
 
 # --- one resource
@@ -382,16 +383,17 @@ async def resource(
         resource_type, resource_id, region=None, scope=caller.projects
     )
     window = _life_window(intervals, in_utc(start), in_utc(end), now)
-    events, next_marker = await reports.events(
-        EventFilter(
-            scope=caller.projects,
-            start=window.start,
-            end=window.end,
-            resource_type=resource_type,
-            resource_id=resource_id,
-        ),
-        limit=EVENTS_SHOWN,
-        marker=marker,
+    of_resource = EventFilter(
+        scope=caller.projects,
+        start=window.start,
+        end=window.end,
+        resource_type=resource_type,
+        resource_id=resource_id,
+    )
+    events, next_marker = await reports.events(of_resource, limit=EVENTS_SHOWN, marker=marker)
+    # audits come every hour: the rest of what happened is drawn however many of them there are
+    told, _ = await reports.events(
+        replace(of_resource, is_audit=False), limit=EVENTS_SHOWN, marker=marker
     )
     by_day, _ = await reports.usage(
         window,
@@ -419,7 +421,10 @@ async def resource(
         ),
         limit=ROWS_SHOWN,
     )
-    regions = sorted({row["region"] for row in intervals} | {row["region"] for row in events})
+    moments = list(
+        {event_id(row["event_time"], row["body_sha256"]): row for row in (*events, *told)}.values()
+    )
+    regions = sorted({row["region"] for row in intervals} | {row["region"] for row in moments})
     anomalies: set[str] = set()
     for region in regions:
         key = ResourceKey(
@@ -438,7 +443,7 @@ async def resource(
         intervals=intervals,
         now_utc=now,
         **_attributes(intervals),
-        drawn=[(region, _timeline(intervals, events, region, window, now)) for region in regions],
+        drawn=[(region, _timeline(intervals, moments, region, window, now)) for region in regions],
         anomalies=sorted(anomalies),
         events=[(event_id(row["event_time"], row["body_sha256"]), row) for row in events],
         next_marker=next_marker,

@@ -160,7 +160,8 @@ class InstanceLife:
     def _take(self, step: Step, now: _Now, born: datetime) -> Iterator[Message]:
         at, ms = step.at, timedelta(milliseconds=1)
         second = timedelta(seconds=1)
-        period = (at.replace(minute=0, second=0, microsecond=0), at - 60 * second)
+        before = at - 60 * second  # when the audit is sent that precedes a new segment
+        period = (before.replace(minute=0, second=0, microsecond=0), before)
         match step.action:
             case "create":
                 now.flavor, now.image = step.flavor or now.flavor, step.image or now.image
@@ -175,7 +176,7 @@ class InstanceLife:
             case "resize":
                 state = now.state
                 now.task = "resize_prep"
-                yield from self._send("exists", "exists", at - 60 * second, now, period)
+                yield from self._send("exists", "exists", before, now, period)
                 yield from self._send("resize.prep.end", "resize_prep.end", at - 59 * second, now)
                 now.task = "resize_migrated"
                 yield from self._send("resize.end", "resize.end", at - 20 * second, now)
@@ -200,7 +201,7 @@ class InstanceLife:
                 yield from self._send(name, name, at + 100 * ms, now)
             case "rebuild":
                 now.task = "rebuilding"
-                yield from self._send("exists", "exists", at - 60 * second, now, period)
+                yield from self._send("exists", "exists", before, now, period)
                 now.image = step.image or now.image
                 yield from self._send("update", "update", at - 50 * second, now)
                 now.state, now.task, now.launched_at = "active", None, at

@@ -26,6 +26,7 @@ from hostler_common.bus.delivery import (
     Retry,
     Subscription,
     delivered,
+    name_or,
 )
 from hostler_common.bus.metrics import BusMetrics
 from hostler_common.bus.publisher import Publisher, Unroutable
@@ -62,8 +63,9 @@ def _first_death(headers: Mapping[str, Any]) -> tuple[str, str] | None:
     deaths = headers.get("x-death")
     if not isinstance(deaths, list) or not deaths or not isinstance(deaths[-1], dict):
         return None
-    keys = deaths[-1].get("routing-keys") or [""]
-    return str(deaths[-1].get("exchange", "")), str(keys[0])
+    keys = deaths[-1].get("routing-keys")
+    first_key = keys[0] if isinstance(keys, list) and keys else None
+    return name_or(deaths[-1].get("exchange"), ""), name_or(first_key, "")
 
 
 class Received(NamedTuple):

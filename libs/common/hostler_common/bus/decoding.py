@@ -4,18 +4,26 @@ pamqp refuses a frame of which one property cannot be decoded (a timestamp in mi
 UTF-8), and with it the whole connection. The message would come again on the next one, and end it too: one sloppy
 publisher could stop a queue for good. The broker does not look at these values, so we take what is readable of them.
 The body is bytes and is not touched.
+
+What was read is written again, on the retry ladder and on replay. So tables are read no deeper than everything that
+keeps them can go, and numbers are written as they were read: pamqp writes a float in half the bytes it came in.
 """
 
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from pamqp import decode
+from pamqp import decode, encode
+
+MAX_DEPTH: Final = 32
+"""How deep tables and arrays may be in each other; JSON readers and writers have limits of 254 and more."""
 
 UNDECODABLE = "x-undecodable"
 """The one key of a header table that stands for a table nobody can read; its value is the table's bytes."""
 
 _strict_table = decode.field_table
+_value = encode.encode_table_value
+_LEAST: Final = -(2**63)
 
 
 def short_string(value: bytes) -> tuple[int, str]:
@@ -37,11 +45,41 @@ def timestamp(value: bytes) -> tuple[int, datetime | None]:
 
 def table(value: bytes) -> tuple[int, dict[str, Any]]:
     """The header table, or its bytes under `UNDECODABLE`."""
+    size, found = _inner_table(value)
+    return (size, found) if _is_flat(found) else _undecodable(value)
+
+
+def _inner_table(value: bytes) -> tuple[int, dict[str, Any]]:
     try:
         return _strict_table(value)
     except (ValueError, KeyError, IndexError, RecursionError):
-        length = int.from_bytes(value[:4], "big")
-        return 4 + length, {UNDECODABLE: bytes(value[4 : 4 + length])}
+        return _undecodable(value)
+
+
+def _undecodable(value: bytes) -> tuple[int, dict[str, Any]]:
+    length = int.from_bytes(value[:4], "big")
+    return 4 + length, {UNDECODABLE: bytes(value[4 : 4 + length])}
+
+
+def _is_flat(value: dict[str, Any]) -> bool:
+    """Whether no more than `MAX_DEPTH` tables and arrays are in each other."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [one for items in inner for one in items if isinstance(one, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def encoded(value: Any) -> bytes:  # noqa: ANN401  AMQP tables hold anything
+    """A table's value with its letter before it, floats in the eight bytes that Python has of them.
+
+    An integer of more than 64 bits was one, too: PostgreSQL writes large numbers that jsonb kept as integers.
+    """
+    if isinstance(value, float) or (isinstance(value, int) and not _LEAST <= value < -_LEAST):
+        return b"d" + encode.double(float(value))
+    return bytes(_value(value))
 
 
 def properties(value: bytes) -> dict[str, Any]:
@@ -82,6 +120,7 @@ _PROPERTIES: Final[tuple[tuple[int, str, Callable[[bytes], tuple[int, Any]]], ..
 
 
 def install() -> None:
-    """Every AMQP frame of this process is decoded so."""
+    """Every AMQP frame of this process is decoded so, and every header encoded."""
     decode.METHODS |= {"shortstr": short_string, "timestamp": timestamp, "table": table}
-    decode.TABLE_MAPPING |= {b"T": timestamp, b"F": table}
+    decode.TABLE_MAPPING |= {b"T": timestamp, b"F": _inner_table}
+    encode.encode_table_value = encoded

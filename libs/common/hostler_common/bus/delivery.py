@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
+from hostler_common.bus import decoding
 from hostler_common.bus.stream import Incoming
 from hostler_common.bus.topology import Message, Queue
 
+MAX_NAME_BYTES = 255
+MAX_FOREIGN_BYTES = 32 * 1024
+"""What of a message's headers is published again: all must fit into a frame, with what brokers add on the way."""
+DROPPED_HEADER = "x-dropped-headers"
+"""How many headers were left out because they were too large to be published again."""
 ATTEMPT_HEADER = "x-attempt"
 ORIGIN_EXCHANGE_HEADER = "x-origin-exchange"
 ORIGIN_ROUTING_KEY_HEADER = "x-origin-routing-key"
@@ -98,8 +104,8 @@ def delivered(queue: str, incoming: Incoming) -> Delivery:
     attempt = headers.pop(ATTEMPT_HEADER, 0)
     return Delivery(
         queue=queue,
-        exchange=str(headers.pop(ORIGIN_EXCHANGE_HEADER, incoming.exchange)),
-        routing_key=str(headers.pop(ORIGIN_ROUTING_KEY_HEADER, incoming.routing_key)),
+        exchange=name_or(headers.pop(ORIGIN_EXCHANGE_HEADER, None), incoming.exchange),
+        routing_key=name_or(headers.pop(ORIGIN_ROUTING_KEY_HEADER, None), incoming.routing_key),
         body=incoming.body,
         headers=headers,
         message_id=given("message_id"),
@@ -109,13 +115,22 @@ def delivered(queue: str, incoming: Incoming) -> Delivery:
         content_encoding=given("content_encoding"),
         timestamp=given("timestamp"),
         redelivered=incoming.redelivered,
-        # anybody may have written the header: only what our own ladder writes is believed
+        # anybody may have written the headers: only what our own ladder can have written is believed
         attempt=(attempt if isinstance(attempt, int) and 0 < attempt < 1000 else 0) + 1,
     )
 
 
+def name_or(value: object, otherwise: str) -> str:
+    """The value, if it can be the name of an exchange or a routing key: no longer than AMQP's short strings."""
+    is_name = isinstance(value, str) and len(value.encode(errors="replace")) <= MAX_NAME_BYTES
+    return str(value) if is_name else otherwise
+
+
 def replaying(delivery: Delivery, *, routing_key: str) -> Message:
-    """The delivery as a message to one queue through the default exchange, keeping where it first came from."""
+    """The delivery as a message to one queue through the default exchange, keeping where it first came from.
+
+    Headers as large as a frame are not kept: with one more, the broker would close the connection each time.
+    """
     return Message(
         exchange="",
         routing_key=routing_key,
@@ -126,13 +141,27 @@ def replaying(delivery: Delivery, *, routing_key: str) -> Message:
         content_type=delivery.content_type or "application/octet-stream",
         content_encoding=delivery.content_encoding,
         headers={
-            **{k: _encodable(v) for k, v in delivery.headers.items() if k != "x-death"},
+            **_that_fit({k: _encodable(v) for k, v in delivery.headers.items() if k != "x-death"}),
             ORIGIN_EXCHANGE_HEADER: delivery.exchange,
             ORIGIN_ROUTING_KEY_HEADER: delivery.routing_key,
         },
         timestamp=delivery.timestamp,
         mandatory=True,
     )
+
+
+def _that_fit(headers: dict[str, Any]) -> dict[str, Any]:
+    sizes = {name: len(name.encode()) + len(decoding.encoded(headers[name])) for name in headers}
+    if sum(sizes.values()) <= MAX_FOREIGN_BYTES:
+        return headers
+    kept: dict[str, Any] = {}
+    left = MAX_FOREIGN_BYTES
+    for name in sorted(headers, key=lambda name: (sizes[name], name)):  # as many as can be
+        left -= sizes[name]
+        if left < 0:
+            break
+        kept[name] = headers[name]
+    return kept | {DROPPED_HEADER: len(headers) - len(kept)}
 
 
 def _encodable(value: Any) -> Any:  # noqa: ANN401  AMQP tables hold anything

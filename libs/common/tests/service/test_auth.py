@@ -54,6 +54,20 @@ async def test_a_token_is_its_lines_principal(tokens: Path) -> None:
         assert not wrong or wrong not in caught.value.detail
 
 
+async def test_who_bears_a_name_now_is_known_of_a_file_and_of_no_other(tokens: Path) -> None:
+    file = read(
+        tokens,
+        line("billing", "reader", "p1", "one"),
+        line("billing", "reader", "p2", "two"),
+        line("ops", "admin", "*", "three"),
+    )
+    found = [holder.projects for holder in file.named("billing")]
+    assert found == [frozenset({"p1"}), frozenset({"p2"})]
+    assert file.named("nobody") == []
+    assert auth.NoVerifier().named("billing") is None
+    assert jwt_verifier(key="k").named("billing") is None
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -83,6 +97,31 @@ def test_a_file_without_a_token_or_that_is_no_text_is_refused(
         auth.TokenFile.read(tokens)
     with pytest.raises(settings.SettingsError, match="No such file"):
         auth.TokenFile.read(tokens.with_name("absent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "host"),
+    [
+        ("agent@node-1.example", Role.AGENT, "node-1.example"),
+        ("agent@", Role.AGENT, ""),
+        ("agents", Role.AGENT, None),
+        ("xagent@node-1", Role.AGENT, None),
+        ("agent@node-1", Role.OPERATOR, None),
+    ],
+)
+def test_an_agents_token_speaks_for_the_host_in_its_name_and_for_no_other(
+    name: str, role: Role, host: str | None
+) -> None:
+    caller = Principal(name=name, role=role)
+    assert caller.host == host
+    if host is None:
+        caller.speak_for("whichever")
+        return
+    caller.speak_for(host)
+    for other in ("node-1", "node-1.example.org", "NODE-1.example", "agent@node-1.example"):
+        with pytest.raises(auth.OtherHost, match="its own host only") as caught:
+            caller.speak_for(other)
+        assert (caught.value.status, caught.value.code) == (403, "auth.other_host")
 
 
 async def test_a_new_token_is_known_by_its_line_which_does_not_hold_it(tokens: Path) -> None:

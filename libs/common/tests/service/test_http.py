@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import PlainTextResponse, StreamingResponse
@@ -60,6 +61,22 @@ async def away() -> None:
 @router.get("/broken")
 async def broken() -> None:
     raise RuntimeError("SELECT secret FROM thing -- postgresql://me:hunter2@db/x")
+
+
+direct_router = APIRouter(prefix="/v1/direct", route_class=http.DirectRoute)
+
+
+@direct_router.put("/{name}/size", dependencies=[auth.require(auth.Role.OPERATOR)])
+async def put_size(name: str, request: Request) -> Response:
+    body = await request.body()
+    if name == "taken":
+        raise ThingTaken("it is taken")
+    if name == "broken":
+        raise RuntimeError("secret")
+    if name == "odd":
+        raise RequestValidationError([{"loc": ("body",), "msg": "odd"}])
+    caller = request.state.principal.name
+    return PlainTextResponse(f"{name} {len(body)} {caller} {request.state.store}")
 
 
 @router.get("/told")
@@ -151,7 +168,7 @@ def build(loaded: Example, *routers: APIRouter, health: Health | None = None) ->
         loaded,
         title="example",
         package="hostler_example",
-        routers=routers or [router, page_router],
+        routers=routers or [router, page_router, direct_router],
         state={"store": "the store"},
         health=health,
         registry=CollectorRegistry(),
@@ -411,6 +428,73 @@ async def test_a_chunked_body_is_bounded_as_it_is_read(
     assert answer.status_code == status
     if status == 413:
         assert answer.json()["code"] == "request.body_too_large"
+
+
+# --- direct routes
+
+
+async def test_a_direct_route_is_guarded_counted_and_answered_like_any_other(
+    opened: Opened, tokens: dict[str, str]
+) -> None:
+    operator = bearer(tokens["operator"])
+    answers = {}
+    async with opened() as client:
+        for name in ("mine", "taken", "broken", "odd"):
+            answers[name] = await client.put(
+                f"/v1/direct/{name}/size", content=b"abc", headers=operator
+            )
+        wrong = [
+            (await client.put("/v1/direct/mine/size", headers=headers)).status_code
+            for headers in ({}, bearer("nothing"), bearer(tokens["reader"]))
+        ]
+        others = [
+            (await client.request(method, path, headers=operator)).status_code
+            for method, path in (
+                ("GET", "/v1/direct/mine/size"),
+                ("PUT", "/v1/direct/mine/more/size"),
+                ("PUT", "/v1/direct/mine/size/"),
+            )
+        ]
+        metrics = (await client.get("/metrics")).text
+        document = (await client.get("/v1/openapi.json", headers=operator)).json()
+    assert answers["mine"].text == "mine 3 my-operator the store"
+    assert {name: one.status_code for name, one in answers.items()} == {
+        "mine": 200, "taken": 409, "broken": 500, "odd": 422,
+    }  # fmt: skip
+    for name in ("taken", "broken", "odd"):
+        assert answers[name].headers["content-type"] == "application/problem+json"
+        assert answers[name].json()["instance"] == answers[name].headers["x-request-id"]
+    assert "secret" not in answers["broken"].text
+    for one in answers.values():
+        assert {name: one.headers.get(name) for name in http.SECURITY_HEADERS} == (
+            http.SECURITY_HEADERS
+        )
+    assert wrong == [401, 401, 403]
+    assert others == [405, 404, 307]
+    counted = 'method="PUT",route="/v1/direct/{name}/size",status="200"} 1.0'
+    assert counted in metrics
+    assert "/v1/direct/{name}/size" in document["paths"]
+
+
+async def test_the_body_of_a_direct_route_is_bounded(
+    opened: Opened, tokens: dict[str, str]
+) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(http.MAX_BODY_BYTES // 65536 + 1):
+            yield bytes(65536)
+
+    async with opened() as client:
+        answer = await client.put(
+            "/v1/direct/mine/size", content=chunks(), headers=bearer(tokens["operator"])
+        )
+    assert (answer.status_code, answer.json()["code"]) == (413, "request.body_too_large")
+
+
+def test_a_direct_route_without_a_guard_is_refused(tokens: dict[str, str]) -> None:
+    open_router = APIRouter(route_class=http.DirectRoute)
+    open_router.add_api_route("/v1/anything", ask)
+    with pytest.raises(ValueError, match="says neither which role"):
+        build(open_settings(), open_router)
 
 
 # --- ids, headers, probes

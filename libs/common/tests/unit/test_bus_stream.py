@@ -2,11 +2,14 @@
 
 import asyncio
 import itertools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
+import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pamqp import frame
@@ -16,6 +19,7 @@ from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
 from hostler_common.bus import decoding
+from hostler_common.bus.delivery import delivered, replaying
 from hostler_common.bus.stream import Incoming, Stream
 
 TAKEN, OTHER = 1, 2
@@ -206,3 +210,86 @@ def test_properties_are_read_as_pamqp_reads_them(given_ones: Basic.Properties) -
 @given(st.binary(max_size=60))
 def test_no_properties_end_the_connection(value: bytes) -> None:
     decoding.properties(value)
+
+
+def field_table(fields: dict[str, bytes]) -> bytes:
+    content = b"".join(
+        bytes([len(name.encode())]) + name.encode() + value for name, value in fields.items()
+    )
+    return struct.pack(">I", len(content)) + content
+
+
+KEYS = st.text(st.characters(codec="utf-8"), max_size=5)
+SIZES = dict(zip("btBsuIilLfdDTV?", (1, 1, 1, 2, 2, 4, 4, 8, 8, 4, 8, 5, 8, 0, 3), strict=True))
+
+
+@st.composite
+def scalars(draw: st.DrawFn) -> bytes:
+    """A value of any kind that is neither a table nor an array, its letter before it."""
+    letter = draw(st.sampled_from([*SIZES, "S", "x"]))
+    if letter in SIZES:
+        return letter.encode() + draw(st.binary(min_size=SIZES[letter], max_size=SIZES[letter]))
+    text = draw(st.binary(max_size=9))
+    return letter.encode() + struct.pack(">I", len(text)) + text
+
+
+VALUES = st.recursive(
+    scalars(),
+    lambda inner: st.one_of(
+        st.dictionaries(KEYS, inner, max_size=3).map(lambda fields: b"F" + field_table(fields)),
+        st.lists(inner, max_size=3)
+        .map(b"".join)
+        .map(lambda content: b"A" + struct.pack(">I", len(content)) + content),
+    ),
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+def test_what_headers_were_read_can_be_written_again_and_are_then_the_same(
+    fields: dict[str, bytes],
+) -> None:
+    value = decoding.properties((1 << 13).to_bytes(2, "big") + field_table(fields))
+    one = delivered("q", Incoming(1, False, "nova", "key", value, b"body"))
+    message = replaying(one, routing_key="q")
+    written = Basic.Properties(headers=dict(message.headers)).marshal()
+    again = delivered("q", Incoming(1, False, "", "q", decoding.properties(written), b"body"))
+    assert (again.exchange, again.routing_key) == (one.exchange, one.routing_key)
+    assert comparable(again.headers) == comparable(one.headers)
+
+
+def comparable(value: Any) -> str:
+    """A table without what is not told apart: an order, kinds of bytes, parts of seconds, zeros after a point."""
+    match value:
+        case dict():
+            return str({name: comparable(value[name]) for name in sorted(value)})
+        case list():
+            return str([comparable(item) for item in value])
+        case bytes() | bytearray():
+            return str(bytes(value))
+        case datetime():
+            return str(int(value.timestamp()))
+        case Decimal():
+            return str(value.normalize())
+    return repr(value)
+
+
+@pytest.mark.parametrize("levels", [31, 32, 33, 900, 5000])
+@pytest.mark.parametrize("letter", [b"F", b"A"])
+def test_no_deeper_headers_are_read_than_can_be_kept(levels: int, letter: bytes) -> None:
+    value = struct.pack(">I", 0)
+    for _ in range(levels - 1):
+        content = (b"\1k" if letter == b"F" else b"") + letter + value
+        value = struct.pack(">I", len(content)) + content
+    table = field_table({"deep": letter + value})
+    size, found = decoding.table(table)
+    assert size == len(table)
+    assert (set(found) == {decoding.UNDECODABLE}) == (levels >= decoding.MAX_DEPTH)
+
+
+def test_headers_as_large_as_a_frame_are_left_out_when_published_again() -> None:
+    headers = {"large": "x" * 40_000, "compression": "gzip", "half": "y" * 20_000}
+    delivery = delivered("q", Incoming(1, False, "nova", "key", {"headers": headers}, b""))
+    again = replaying(delivery, routing_key="q").headers
+    assert set(again) == {
+        *("compression", "half", "x-dropped-headers", "x-origin-exchange", "x-origin-routing-key")
+    }

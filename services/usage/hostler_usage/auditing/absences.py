@@ -16,14 +16,13 @@ from typing import Final
 from hostler_usage.auditing.audits import (
     MEANINGS,
     SAME_MOMENT,
-    AuditRule,
     Code,
     Lived,
     Status,
     Verdict,
-    audit_rule,
     merged,
 )
+from hostler_usage.reading.mapping import Audit
 
 SETTLE: Final = timedelta(minutes=10)
 SILENT_AFTER_PERIODS: Final = 3
@@ -41,7 +40,7 @@ class Known:
 
 
 def absences(
-    resource_type: str,
+    rule: Audit,
     lived: Sequence[Lived],
     launches: Sequence[datetime],
     covered: Iterable[tuple[datetime, datetime]],
@@ -55,20 +54,17 @@ def absences(
     """What it means that no statement covers some of the `known` periods of a resource's life.
 
     `covered` are the spans its statements speak of, `cadence` the length of the periods that each
-    host is known to be audited in: a host audited daily owes nothing hourly. Of a host (or a type,
-    where audits do not run per host) that sent nothing at all, the period is `uncovered`.
+    host is known to be audited in (the type under "", where audits do not run per host): one that
+    is audited daily owes nothing hourly. Of a host (or type) that sent nothing at all, the period
+    is `uncovered`.
     """
-    rule = audit_rule(resource_type)
     spans = sorted(covered)
-    slack = timedelta() if rule.has_periods else settle
     found: list[Verdict] = []
     silence: list[Verdict] = []  # the missing periods since the last word, if they reach to now
     for period in sorted(known, key=lambda item: (item.start, item.end)):
         if not _was_there(rule, lived, period):
             continue
-        if any(
-            start - slack <= period.start and end + slack >= period.end for start, end in spans
-        ):
+        if any(start <= period.start and end >= period.end for start, end in spans):
             silence = []
             continue
         verdict = _absence(rule, lived, launches, period, cadence, settle)
@@ -85,17 +81,17 @@ def absences(
     return tuple(merged(found))
 
 
-def _was_there(rule: AuditRule, lived: Sequence[Lived], period: Known) -> bool:
+def _was_there(rule: Audit, lived: Sequence[Lived], period: Known) -> bool:
     if not lived:
         return False
     birth, end = lived[0].start, lived[-1].end
-    if not rule.has_periods:  # the run was at some moment of the hour: only a whole one is sure
+    if rule.every is not None:  # it ran at some moment of the period: only a whole one is sure
         return birth <= period.start and (end is None or end >= period.end)
     return period.end - birth > SAME_MOMENT and (end is None or end - period.start > SAME_MOMENT)
 
 
 def _absence(
-    rule: AuditRule,
+    rule: Audit,
     lived: Sequence[Lived],
     launches: Sequence[datetime],
     period: Known,
@@ -125,11 +121,11 @@ def _absence(
             return _coded(verdict, Code.NO_HOST)
         if len({item.host for item in at_audit}) > 1:
             return _coded(verdict, Code.MOVED)
-        if host in period.hosts:
-            return verdict
-        is_owed = cadence.get(host, period.end - period.start) == period.end - period.start
-        return _coded(verdict, Code.NOT_AUDITED) if is_owed else None
-    return verdict if period.hosts else _coded(verdict, Code.NOT_AUDITED)
+    if period.hosts if host is None else host in period.hosts:
+        return verdict
+    length = period.end - period.start
+    is_owed = cadence.get(host or "", length) == length
+    return _coded(verdict, Code.NOT_AUDITED) if is_owed else None
 
 
 def _coded(verdict: Verdict, code: Code) -> Verdict:

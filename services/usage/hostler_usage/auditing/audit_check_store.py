@@ -15,8 +15,10 @@ from typing import Any, Final
 from hostler_common import db
 from hostler_usage.auditing import absences
 from hostler_usage.auditing.audit_store import AUDIT_LOCK, VERDICTS, verdict_rows
-from hostler_usage.auditing.audits import Code, Lived, Status, audit_rule, whole_periods
+from hostler_usage.auditing.audits import Code, Lived, Status, whole_periods
 from hostler_usage.history.row_set import key_of
+from hostler_usage.reading.mapping import Audit
+from hostler_usage.reading.mapping import Mapping as Rules
 from hostler_usage.reading.statement import ResourceKey
 from hostler_usage.reading.times import EPOCH, MICROSECOND
 
@@ -30,6 +32,7 @@ class AuditCheckStore:
     """The check of periods in which nobody spoke. Any number of processes may run it."""
 
     pool: db.Pool
+    mapping: Rules
     settle: timedelta = absences.SETTLE
     silent_after: int = absences.SILENT_AFTER_PERIODS
 
@@ -50,8 +53,6 @@ class AuditCheckStore:
             for row in rows:
                 known[row["region"], row["resource_type"]].append(tuple(row)[2:4])
             for (region, resource_type), periods in sorted(known.items()):
-                if not audit_rule(resource_type).has_periods:
-                    continue  # runs of no fixed time
                 found = absences.expected_periods(periods, now - self.settle)
                 if found:
                     await connection.execute(
@@ -183,7 +184,7 @@ class AuditCheckStore:
         lived = {name: _lived(row["lived"]) for name, row in lives.items()}
         hosts = {span.host for spans in lived.values() for span in spans if span.host is not None}
         known = await _known(connection, region, resource_type, oldest, hosts)
-        cadence = await _cadence(connection, region, resource_type, hosts)
+        cadence = await _cadence(connection, region, resource_type, {*hosts, ""})
         for key in keys:
             await connection.execute(
                 "DELETE FROM audit_verdict WHERE region = $1 AND resource_type = $2"
@@ -193,6 +194,8 @@ class AuditCheckStore:
                 key.resource_id,
                 since[key],
             )
+        resource = self.mapping.resources.get(resource_type)
+        rule = Audit() if resource is None else resource.audit  # it was metered once
         found: list[tuple[object, ...]] = []
         uncovered: set[tuple[datetime, datetime, str]] = set()
         for key in keys:
@@ -200,7 +203,7 @@ class AuditCheckStore:
                 continue
             row = lives[key.resource_id]
             verdicts = absences.absences(
-                resource_type,
+                rule,
                 lived[key.resource_id],
                 [EPOCH + moment * MICROSECOND for moment in row["launches"]],
                 covered[key.resource_id],
@@ -272,7 +275,7 @@ async def _known(
 async def _cadence(
     connection: db.Connection, region: str, resource_type: str, hosts: Iterable[str]
 ) -> dict[str, timedelta]:
-    """How long the newest period of each host was."""
+    """How long the newest period of each host was, "" being that of what is not audited per host."""
     rows = await connection.fetch(
         "SELECT DISTINCT ON (host) host, period_start, period_end FROM audit_period_host"
         " WHERE region = $1 AND resource_type = $2 AND host = ANY($3)"

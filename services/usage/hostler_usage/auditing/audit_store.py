@@ -18,11 +18,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from hostler_common import db
-from hostler_usage.auditing.audits import (
-    Reconciliation,
-    Verdict,
-    audit_rule,
-)
+from hostler_usage.auditing.audits import Reconciliation, Verdict
 from hostler_usage.history.row_set import Change, Row, RowSet, key_columns, key_of
 from hostler_usage.reading.citation import cited
 from hostler_usage.reading.statement import ResourceKey
@@ -236,10 +232,9 @@ def _hosts_of(span: "_Span") -> Iterator[_HostPeriod]:
     row, length = span.row, span.length
     if row[_IS_PARTIAL] or not length:
         return
-    host = row[_HOST] if audit_rule(row[1]).is_per_host else ""
     start = span.start
     while start < span.end:
-        yield (row[0], row[1], host, start, start + length)
+        yield (row[0], row[1], row[_HOST], start, start + length)
         start += length
 
 

@@ -24,15 +24,15 @@ from enum import StrEnum
 from typing import Final
 
 from hostler_usage.reading import citation
-from hostler_usage.reading.mapping import Edge
+from hostler_usage.reading.mapping import Audit, Edge
 from hostler_usage.reading.statement import Evidence, Scalar, Statement
+from hostler_usage.reading.times import EPOCH
 
 SAME_MOMENT: Final = timedelta(seconds=1)
-# what has no period of its own (Neutron's audits) speaks of the hour it was sent in
-_RUN: Final = timedelta(hours=1)
-_DAY = timedelta(days=1)
+_HOUR, _DAY = timedelta(hours=1), timedelta(days=1)
 # month and year audits differ in length; each is whole days
-_WHOLE_LENGTHS: Final = frozenset({_RUN, *(n * _DAY for n in (1, 28, 29, 30, 31, 365, 366))})
+_WHOLE_LENGTHS: Final = frozenset({_HOUR, *(n * _DAY for n in (1, 28, 29, 30, 31, 365, 366))})
+_ANY: Final = Audit()
 # a relaunch whose launched_at is older than this is of a cloud that does not set it anew
 _LAUNCH_IS_OLD: Final = timedelta(minutes=10)
 
@@ -59,6 +59,7 @@ class Code(StrEnum):
     END_REPAIRED = "end_repaired"
     CHANGE_REPAIRED = "change_repaired"
     RELAUNCH_REPAIRED = "relaunch_repaired"
+    CHANGE_UNTOLD = "change_untold"
     FIELD_DIFFERS = "field_differs"
     LAUNCHED_AT_DIFFERS = "launched_at_differs"
     NO_LAUNCHED_AT = "no_launched_at"
@@ -125,6 +126,10 @@ MEANINGS: Final[Mapping[Code, Meaning]] = {
         says="a resize, rebuild, rescue or unshelve set launched_at anew and its event is not here",
         stacktach="NotFound (InstanceUsage)",
         winchester="U8",
+    ),
+    Code.CHANGE_UNTOLD: Meaning(
+        status=Status.MISMATCH,
+        says="an event of something else shows the field changed, and none told of it: it changed in the span",
     ),
     Code.FIELD_DIFFERS: Meaning(
         status=Status.MISMATCH,
@@ -232,86 +237,13 @@ MEANINGS: Final[Mapping[Code, Meaning]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AuditRule:
-    """How statements about resources of one type are compared.
-
-    `is_segmented`: launched_at is set anew with each segment of life. `is_per_host`: each host is
-    audited by itself. `passing` are states too short-lived for events to tell of them.
-    """
-
-    fields: tuple[str, ...] = ("project", "state")
-    is_segmented: bool = False
-    is_per_host: bool = False
-    has_periods: bool = True
-    gone: frozenset[str] = frozenset({"deleted", "deleting", "pending_delete"})
-    passing: frozenset[str] = frozenset()
-
-
-_CINDER_PASSING: Final = frozenset(
-    {
-        "attaching",
-        "awaiting-transfer",
-        "backing-up",
-        "creating",
-        "detaching",
-        "downloading",
-        "extending",
-        "maintenance",
-        "managing",
-        "reserved",
-        "restoring",
-        "restoring-backup",
-        "retyping",
-        "uploading",
-    }
-)
-AUDIT_RULES: Final[Mapping[str, AuditRule]] = {
-    "instance": AuditRule(
-        fields=(
-            "project",
-            "flavor",
-            "vcpus",
-            "memory_mb",
-            "disk_gb",
-            "image",
-            "os",
-            "state",
-            "host",
-        ),
-        is_segmented=True,
-        is_per_host=True,
-        gone=frozenset({"deleted"}),
-        passing=frozenset({"building"}),
-    ),
-    "volume": AuditRule(
-        fields=("project", "size_gb", "volume_type", "attached_to", "state"),
-        passing=_CINDER_PASSING,
-    ),
-    "snapshot": AuditRule(fields=("project", "size_gb", "state"), passing=_CINDER_PASSING),
-    "backup": AuditRule(
-        fields=("project", "size_gb", "state"), has_periods=False, passing=_CINDER_PASSING
-    ),
-    "image": AuditRule(
-        fields=("project", "size_bytes", "os", "state"),
-        passing=frozenset({"queued", "saving", "importing", "uploading"}),
-    ),
-    "floating_ip": AuditRule(fields=("project", "address", "state"), has_periods=False),
-    "network": AuditRule(has_periods=False, passing=frozenset({"BUILD"})),
-}
-
-
-def audit_rule(resource_type: str) -> AuditRule:
-    """How statements about resources of this type are compared."""
-    return AUDIT_RULES.get(resource_type) or AuditRule()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditStatement:
     """One `exists` about one resource.
 
     `said_at` is the message's own time. The period is None of those that name none. `born_at` is
     launched_at where the type has segments, else the birth; `ended_at` is deleted_at. A field that
-    is None is not compared: the formats leave out different ones.
+    is None is not compared: the formats leave out different ones. `every` is how often audits run
+    that name no period: once an hour, or once a day.
     """
 
     evidence: Evidence
@@ -321,6 +253,7 @@ class AuditStatement:
     born_at: datetime | None = None
     ended_at: datetime | None = None
     fields: Mapping[str, Scalar] = field(default_factory=dict)
+    every: timedelta = _HOUR
 
     @property
     def is_partial(self) -> bool:
@@ -332,10 +265,10 @@ class AuditStatement:
 
     @property
     def period(self) -> tuple[datetime, datetime]:
-        """The period it speaks of; the hour it was sent in where it names none."""
+        """The period it speaks of; the hour or day it was sent in where it names none."""
         if self.period_start is None or self.period_end is None:
-            start = self.said_at.replace(minute=0, second=0, microsecond=0)
-            return start, start + _RUN
+            start = self.said_at - (self.said_at - EPOCH) % self.every
+            return start, start + self.every
         return min(self.period_start, self.period_end), self.period_end
 
 
@@ -394,19 +327,26 @@ class Reconciliation:
 # --- from what messages say
 
 
-def audit_statement(statement: Statement, evidence: Evidence) -> AuditStatement | None:
-    """The audit that a message's statement is; None for one that is no audit."""
+def audit_statement(
+    statement: Statement, evidence: Evidence, rule: Audit = _ANY
+) -> AuditStatement | None:
+    """The audit that a message's statement is; None for one that is no audit.
+
+    One that names no period is an hourly one where its `rule` does not say how often it runs.
+    """
     if statement.edge is not Edge.AUDIT:
         return None
     start, end = statement.period or (None, None)
+    fields = dict(statement.attributes)
     return AuditStatement(
         evidence=evidence,
         said_at=evidence.event_time,
         period_start=start,
         period_end=end,
         born_at=statement.born_at,
-        ended_at=statement.ended_at,
-        fields=dict(statement.attributes),
+        ended_at=None if fields.get("state") in rule.ending else statement.ended_at,
+        fields=fields,
+        every=rule.every or _HOUR,
     )
 
 
@@ -420,19 +360,20 @@ def launch(statement: Statement, evidence: Evidence) -> Told | None:
         return None
     at = statement.born_at or evidence.event_time
     is_old = evidence.event_time - at > _LAUNCH_IS_OLD
-    if _is_resent(statement) or (statement.edge is Edge.RELAUNCH and is_old):
+    if is_resent(statement) or (statement.edge is Edge.RELAUNCH and is_old):
         return None
     return Told(at=at, evidence=evidence)
 
 
 def deletion(statement: Statement, evidence: Evidence) -> Told | None:
     """The moment a delete event gives for the end; None for anything else."""
-    if statement.edge is not Edge.END or statement.failed or _is_resent(statement):
+    if statement.edge is not Edge.END or statement.failed or is_resent(statement):
         return None
     return Told(at=statement.ended_at or evidence.event_time, evidence=evidence)
 
 
-def _is_resent(statement: Statement) -> bool:
+def is_resent(statement: Statement) -> bool:
+    """Whether Cinder's audit sends an action again: it is told by a period of no length."""
     return statement.period is not None and statement.period[0] == statement.period[1]
 
 

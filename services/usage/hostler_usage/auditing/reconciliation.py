@@ -6,19 +6,19 @@ within that span was right when it was read. Repairs are told once, under the fi
 made them possible; those after it are verified against the history it repaired.
 """
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from hostler_usage.auditing.audits import (
     MEANINGS,
     SAME_MOMENT,
-    AuditRule,
     AuditStatement,
     Code,
     Lived,
@@ -26,15 +26,16 @@ from hostler_usage.auditing.audits import (
     Status,
     Told,
     Verdict,
-    audit_rule,
     audit_statement,
     deletion,
+    is_resent,
     launch,
     merged,
     row_order,
 )
 from hostler_usage.history.intervals import Interval, Provenance
 from hostler_usage.reading import citation
+from hostler_usage.reading.mapping import Edge, Life, Resource
 from hostler_usage.reading.statement import Evidence, Scalar, Statement
 
 # audits read all their rows first and send for minutes
@@ -43,7 +44,7 @@ _OFFLOADED: Final = "shelved_offloaded"
 
 
 def reconcile_said(
-    resource_type: str,
+    resource: Resource,
     intervals: Sequence[Interval],
     said: Iterable[tuple[Statement, Evidence]],
 ) -> Reconciliation:
@@ -51,28 +52,35 @@ def reconcile_said(
     audits: list[AuditStatement] = []
     launches: list[Told] = []
     deletions: list[Told] = []
+    events: dict[Evidence, Statement] = {}
     for statement, evidence in said:
-        if (audit := audit_statement(statement, evidence)) is not None:
+        if (audit := audit_statement(statement, evidence, resource.audit)) is not None:
             audits.append(audit)
-        elif (launched := launch(statement, evidence)) is not None:
+            continue
+        events[evidence] = statement
+        if (launched := launch(statement, evidence)) is not None:
             launches.append(launched)
         elif (deleted := deletion(statement, evidence)) is not None:
             deletions.append(deleted)
-    return reconcile(resource_type, intervals, audits, launches=launches, deletions=deletions)
+    return reconcile(
+        resource, intervals, audits, launches=launches, deletions=deletions, events=events
+    )
 
 
 def reconcile(
-    resource_type: str,
+    resource: Resource,
     intervals: Sequence[Interval],
     statements: Iterable[AuditStatement],
     *,
     launches: Iterable[Told] | None = None,
     deletions: Iterable[Told] | None = None,
+    events: Mapping[Evidence, Statement] = MappingProxyType({}),
 ) -> Reconciliation:
     """Compare a set of statements about one resource with its history.
 
     `launches` and `deletions` are what launch and delete events tell of themselves; with None it is
-    not known which there were: every launched_at inside the life is then believed.
+    not known which there were: every launched_at inside the life is then believed. `events` is all
+    that was said beside audits.
     """
     distinct = {statement.evidence: statement for statement in statements}
     told = None if launches is None else sorted({item.at for item in launches})
@@ -80,8 +88,8 @@ def reconcile(
     groups: dict[GroupKey, list[AuditStatement]] = defaultdict(list)
     for statement in sorted(distinct.values(), key=_statement_order):
         groups[group_key(statement)].append(statement)
-    comparison = _Comparison(audit_rule(resource_type), intervals, told)
-    repairs, rows = _repairs(comparison.rule, intervals, distinct, groups, told, ends)
+    comparison = _Comparison(resource, intervals, told)
+    repairs, rows = _repairs(resource, intervals, distinct, groups, told, ends)
     agreed: list[_Agreed] = []
     for key, group in sorted(groups.items(), key=itemgetter(0)):
         if key not in repairs and not key.is_partial and all(map(comparison.agrees, group)):
@@ -93,12 +101,13 @@ def reconcile(
         rows += found
     rows += _deleted_twice(ends or (), intervals)
     rows += _overlaps(groups, intervals)
+    rows += _untold(resource, comparison, list(distinct.values()), events)
     births = {item.born_at for item in distinct.values() if item.born_at is not None}
     return Reconciliation(
         verdicts=tuple(sorted((*_rows(agreed), *merged(rows)), key=row_order)),
         lived=_lived(intervals),
         launches=tuple(sorted({_cut(item) for item in births.union(told or ())}))
-        if audit_rule(resource_type).is_segmented
+        if comparison.is_segmented
         else (),
         confirmed_at=max((item.said_at for item in distinct.values()), default=None),
     )
@@ -147,9 +156,11 @@ class _Comparison:
     """One history, made ready to be compared with many statements."""
 
     def __init__(
-        self, rule: AuditRule, intervals: Sequence[Interval], launches: list[datetime] | None
+        self, resource: Resource, intervals: Sequence[Interval], launches: list[datetime] | None
     ) -> None:
-        self.rule = rule
+        self.rule = resource.audit
+        self.gone = resource.gone
+        self.is_segmented = resource.life is Life.SEGMENTS
         self.intervals = intervals
         self.starts = [item.start for item in intervals]
         self.birth = self.starts[0] if intervals else None
@@ -164,6 +175,10 @@ class _Comparison:
             return {}
         return self.intervals[max(0, bisect_right(self.starts, moment) - 1)].attributes
 
+    def held_before(self, moment: datetime) -> Mapping[str, Scalar]:
+        """Our attributes just before a moment; the first or last ones outside of the life."""
+        return self.intervals[max(0, bisect_left(self.starts, moment) - 1)].attributes
+
     def agrees(self, statement: AuditStatement) -> bool:
         """Whether there is nothing to be said of it."""
         return self._is_as_held(statement) or not self.findings(statement)
@@ -177,14 +192,14 @@ class _Comparison:
         if start > said_at or end < self.birth or (self.end is not None and self.end < said_at):
             return False
         if born_at is None:
-            if self.rule.is_segmented:
+            if self.is_segmented:
                 return False
         else:
-            launch = self._expected_launch(statement) if self.rule.is_segmented else self.birth
+            launch = self._expected_launch(statement) if self.is_segmented else self.birth
             if launch != born_at and not _is_same(launch, born_at):
                 return False
         held, fields = self.held(said_at), statement.fields
-        for name in self.rule.fields:
+        for name in self.rule.compares:
             theirs = fields.get(name)
             if theirs is not None and name in held and held[name] != theirs:
                 return False
@@ -193,7 +208,7 @@ class _Comparison:
     def findings(self, statement: AuditStatement) -> list[_Finding]:
         """What is to be said of one statement; nothing where all agrees."""
         if self.birth is None:
-            if self.rule.is_segmented and statement.born_at is None:
+            if self.is_segmented and statement.born_at is None:
                 return [(Code.NO_LAUNCHED_AT, "launched_at", None, None)]
             return [(Code.NO_LIFE, None, None, _spelled(statement.born_at))]
         start, end = statement.period
@@ -203,7 +218,7 @@ class _Comparison:
             return [(Code.BEFORE_BIRTH, None, _spelled(self.birth), _spelled(end))]
         found = [*self._of_launch(statement), *self._of_end(statement)]
         held = self.held(statement.said_at)
-        for name in self.rule.fields:
+        for name in self.rule.compares:
             theirs = statement.fields.get(name)
             if theirs is not None and name in held and held[name] != theirs:
                 found += self._of_field(statement, name, held[name], theirs)
@@ -220,11 +235,11 @@ class _Comparison:
         theirs = statement.born_at
         assert self.birth is not None
         if theirs is None:
-            if self.rule.is_segmented:
+            if self.is_segmented:
                 yield (Code.NO_LAUNCHED_AT, "launched_at", _spelled(self.birth), None)
             return
         ours = self._expected_launch(statement)
-        if not self.rule.is_segmented:
+        if not self.is_segmented:
             if not any(_is_same(item, theirs) for item in self.launches):
                 yield (Code.LAUNCHED_AT_DIFFERS, "born_at", _spelled(self.birth), _spelled(theirs))
             return
@@ -260,7 +275,7 @@ class _Comparison:
 
     def _of_end(self, statement: AuditStatement) -> Iterator[_Finding]:
         state, theirs = statement.fields.get("state"), statement.ended_at
-        is_gone = isinstance(state, str) and state in self.rule.gone
+        is_gone = isinstance(state, str) and state in self.gone
         if theirs is None:
             if is_gone or self.end is None or self.end >= statement.said_at - SAME_MOMENT:
                 return
@@ -281,7 +296,7 @@ class _Comparison:
     def _of_field(
         self, statement: AuditStatement, name: str, ours: Scalar, theirs: Scalar
     ) -> Iterator[_Finding]:
-        if name == "state" and (theirs in self.rule.gone or theirs in self.rule.passing):
+        if name == "state" and (theirs in self.gone or theirs in self.rule.passing):
             return  # an end is compared as a moment
         around = (statement.said_at - SAME_MOMENT, statement.said_at + SAME_MOMENT)
         if self._held_within(name, theirs, *around):
@@ -421,7 +436,7 @@ def _of_group(
 
 
 def _repairs(
-    rule: AuditRule,
+    resource: Resource,
     intervals: Sequence[Interval],
     statements: Mapping[Evidence, AuditStatement],
     groups: Mapping[GroupKey, Sequence[AuditStatement]],
@@ -454,9 +469,9 @@ def _repairs(
     for before, after in pairwise(intervals):
         if not _is_only_of(before.closed_by, statements):
             continue
-        for name in rule.fields:
+        for name in resource.audit.compares:
             ours, theirs = before.attributes.get(name), after.attributes.get(name)
-            if ours != theirs and rule.passing.isdisjoint((ours, theirs)):
+            if ours != theirs and resource.audit.passing.isdisjoint((ours, theirs)):
                 change = (Code.CHANGE_REPAIRED, name, ours, theirs)
                 found.append((after.start, change, before.closed_by))
     if not found:
@@ -544,6 +559,91 @@ def _at(intervals: Sequence[Interval], moment: datetime) -> Mapping[str, Scalar]
         (item.attributes for item in reversed(intervals) if item.start <= moment),
         intervals[0].attributes,
     )
+
+
+class _Word(NamedTuple):
+    """What a message shows a field to be, when it was sent, and whether it tells of the field's change."""
+
+    at: datetime
+    value: Scalar
+    is_telling: bool
+    evidence: Evidence
+
+
+def _untold(
+    resource: Resource,
+    comparison: _Comparison,
+    audits: Sequence[AuditStatement],
+    events: Mapping[Evidence, Statement],
+) -> Iterator[Verdict]:
+    """Changes that no event told of, and that the event of something else lets slip.
+
+    They happened at some moment since the old value was last seen; of that span, the part in the new
+    one's day is named. (What no audit bears out is unverified as it is.)
+    """
+    if not comparison.intervals:
+        return
+    for name in resource.audit.compares:
+        attribute = resource.attributes.get(name)
+        if attribute is not None and attribute.told_by:
+            words = sorted(_words(name, attribute.told_by, events), key=_word_order)
+            seen = [(item.said_at, item.fields.get(name)) for item in audits]
+            yield from _slips(comparison, name, words, seen + [item[:2] for item in words])
+
+
+def _words(
+    name: str, told_by: Container[str], events: Mapping[Evidence, Statement]
+) -> Iterator[_Word]:
+    for evidence, statement in events.items():
+        if statement.failed or statement.edge is Edge.COUNT:
+            continue
+        value = next((said for key, said in statement.attributes if key == name), None)
+        if value is not None:
+            is_change = statement.edge is Edge.CHANGE and statement.operation in told_by
+            is_telling = is_change or (statement.edge is Edge.LAUNCH and not is_resent(statement))
+            yield _Word(evidence.event_time, value, is_telling, evidence)
+
+
+def _word_order(word: _Word) -> tuple[datetime, str, bytes]:
+    return citation.order(word.evidence)
+
+
+def _slips(
+    comparison: _Comparison,
+    name: str,
+    words: Sequence[_Word],
+    seen: Iterable[tuple[datetime, Scalar]],
+) -> Iterator[Verdict]:
+    assert comparison.birth is not None
+    last: tuple[Scalar, Scalar] | None = None
+    for word in words:
+        held = comparison.held_before(word.at)
+        ours, theirs = held.get(name), word.value
+        is_known = (
+            word.is_telling
+            or ours in (None, theirs)
+            or comparison.held_before(word.at - SAME_MOMENT).get(name) == theirs
+        )
+        if is_known or last == (ours, theirs):
+            continue
+        last = (ours, theirs)
+        start = max(
+            (at for at, value in seen if at < word.at and value == ours),
+            default=comparison.birth,
+        )
+        midnight = word.at.replace(hour=0, minute=0, second=0, microsecond=0)
+        yield Verdict(
+            period_start=min(max(start, midnight), word.at),
+            period_end=word.at,
+            is_partial=True,
+            status=Status.MISMATCH,
+            code=Code.CHANGE_UNTOLD,
+            field=name,
+            ours=ours,
+            theirs=theirs,
+            project_id=_text(held.get("project")),
+            evidence=(word.evidence,),
+        )
 
 
 def _deleted_twice(deletions: Iterable[Told], intervals: Sequence[Interval]) -> Iterator[Verdict]:

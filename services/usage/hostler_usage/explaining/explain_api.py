@@ -58,7 +58,7 @@ class GroupInvalid(errors.Invalid):
     code = "usage.group.invalid"
 
 
-class Cited(BaseModel):
+class ExplainedCitation(BaseModel):
     """A message that a part rests on."""
 
     message_id: str
@@ -80,8 +80,8 @@ class IntervalPart(BaseModel):
     state_class: str
     attributes: dict[str, str | int | None]
     provenance: str
-    opened_by: list[Cited]
-    closed_by: list[Cited]
+    opened_by: list[ExplainedCitation]
+    closed_by: list[ExplainedCitation]
 
 
 class AmountPart(BaseModel):
@@ -94,7 +94,7 @@ class AmountPart(BaseModel):
     project_id: str | None
     state_class: str | None
     attributes: dict[str, str | int | None]
-    evidence: list[Cited]
+    evidence: list[ExplainedCitation]
 
 
 class AuditItem(BaseModel):
@@ -109,7 +109,7 @@ class AuditItem(BaseModel):
     field: str | None
     ours: str | int | None
     theirs: str | int | None
-    evidence: list[Cited]
+    evidence: list[ExplainedCitation]
 
 
 class ResourceItem(BaseModel):
@@ -134,7 +134,7 @@ class BodyItem(BaseModel):
     text: str
 
 
-class EventItem(BaseModel):
+class ExplainedEvent(BaseModel):
     """A stored message, with its body for callers that may see every project."""
 
     id: str
@@ -172,8 +172,10 @@ class ExplanationItem(BaseModel):
     resources: int
     parts: int
     shares: list[ResourceItem]
-    events: list[EventItem] = Field(description="the messages that this page's parts rest on")
-    not_shown: list[Cited] = Field(description="those dropped by retention, or another project's")
+    events: list[ExplainedEvent] = Field(description="the messages that this page's parts rest on")
+    not_shown: list[ExplainedCitation] = Field(
+        description="those dropped by retention, or another project's"
+    )
     next_marker: str | None
     unfolded_resources: int = Field(
         description="resources with messages that are stored but not counted in here yet"
@@ -238,7 +240,7 @@ async def explain_usage(
         parts=found.parts,
         shares=[_share(item, found) for item in found.shares],
         events=[_event(row, found) for row in found.events],
-        not_shown=[Cited(**item) for item in found.not_shown],
+        not_shown=[ExplainedCitation(**item) for item in found.not_shown],
         next_marker=found.next_marker,
         unfolded_resources=unfolded,
     )
@@ -297,8 +299,8 @@ def _interval(part: HeldPart) -> IntervalPart:
         state_class=part.state_class,
         attributes=dict(part.attributes),
         provenance=part.provenance,
-        opened_by=[Cited(**item) for item in part.opened_by],
-        closed_by=[Cited(**item) for item in part.closed_by],
+        opened_by=[ExplainedCitation(**item) for item in part.opened_by],
+        closed_by=[ExplainedCitation(**item) for item in part.closed_by],
     )
 
 
@@ -311,7 +313,7 @@ def _amount(part: MovedPart) -> AmountPart:
         project_id=part.project_id,
         state_class=part.state_class,
         attributes=dict(part.attributes),
-        evidence=[Cited(**item) for item in part.evidence],
+        evidence=[ExplainedCitation(**item) for item in part.evidence],
     )
 
 
@@ -320,17 +322,17 @@ def _audit(row: asyncpg.Record) -> AuditItem:
     names = AuditItem.model_fields.keys() - {"evidence"}
     return AuditItem(
         **{name: values[name] for name in names},
-        evidence=[Cited(**item) for item in row["evidence"]],
+        evidence=[ExplainedCitation(**item) for item in row["evidence"]],
     )
 
 
-def _event(row: asyncpg.Record, found: Explanation) -> EventItem:
+def _event(row: asyncpg.Record, found: Explanation) -> ExplainedEvent:
     values: Mapping[str, Any] = dict(row)
     body = found.bodies.get((row["event_time"], row["body_sha256"]))
     encoding, text = (None, None) if body is None else body_text(body)
-    return EventItem(
+    return ExplainedEvent(
         id=event_id(row["event_time"], row["body_sha256"]),
-        **{name: values[name] for name in EventItem.model_fields.keys() - {"id", "body"}},
+        **{name: values[name] for name in ExplainedEvent.model_fields.keys() - {"id", "body"}},
         body=None
         if text is None
         else BodyItem.model_validate({"encoding": encoding, "text": text}),

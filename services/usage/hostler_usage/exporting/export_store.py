@@ -1,12 +1,12 @@
 """Reading whole tables of the ledger, a batch at a time, all of it as of one moment.
 
 An export is one transaction: every batch sees the same snapshot, however long the reading takes and
-whatever is folded meanwhile, and a batch is all that is in memory. All usage rows that exports and
-reports rest on are read by one function, `Snapshot.usage`.
+whatever is folded meanwhile. A cursor on the server reads the facts once, however many groups there
+are, and a batch is all that is in memory here.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final, cast
@@ -14,11 +14,8 @@ from typing import Final, cast
 from hostler_common import db
 from hostler_usage.exporting.export import CitedMessage, IntervalLine, UsageLine, unit
 from hostler_usage.history.measures import Window, hours
-from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
+from hostler_usage.history.report_store import ROWS_A_BATCH, ReportStore, UsageFilter
 from hostler_usage.reading.mapping import Measure
-
-GROUPS_A_PAGE: Final = 5000
-ROWS_A_BATCH: Final = 1000
 
 _INTERVALS: Final = (
     "SELECT region, resource_type, resource_id, project_id, user_id, state_class, starts_at,"
@@ -69,7 +66,7 @@ class Snapshot:
 
     async def usage(
         self, window: Window, groups: Sequence[str], where: UsageFilter
-    ) -> AsyncIterator[list[UsageLine]]:
+    ) -> AsyncGenerator[list[UsageLine]]:
         """Usage by group and measure, in the groups' order; what is nothing is left out.
 
         Raises:
@@ -77,19 +74,48 @@ class Snapshot:
             DatabaseUnavailable: the database is away.
         """
         measures = {item.name: item for item in self.reports.mapping.measures}
-        marker = None
-        while True:
-            rows, marker = await self.reports.usage(
-                window, groups, where, limit=GROUPS_A_PAGE, marker=marker
-            )
-            for first in range(0, len(rows), ROWS_A_BATCH):
+        async with aclosing(self.reports.all_usage(window, groups, where)) as batches:
+            async for rows in batches:
                 yield [
                     line
-                    for row in rows[first : first + ROWS_A_BATCH]
-                    for line in _lines(window, row, measures)
+                    for row in rows
+                    for line in _lines(
+                        window.start, window.end, row.group, row.amounts, row.resources, measures
+                    )
                 ]
-            if marker is None:
-                return
+
+    async def usage_by_slice(
+        self,
+        edges: Sequence[datetime],
+        groups: Sequence[str],
+        where: UsageFilter,
+        *,
+        as_of: datetime,
+        leading: int = 0,
+    ) -> AsyncGenerator[list[UsageLine]]:
+        """Usage in each slice of a window, by group and measure; as `ReportStore.usage_by_slice`.
+
+        Raises:
+            GroupUnknown: there is no such group.
+            DatabaseUnavailable: the database is away.
+        """
+        measures = {item.name: item for item in self.reports.mapping.measures}
+        async with aclosing(
+            self.reports.usage_by_slice(edges, groups, where, as_of=as_of, leading=leading)
+        ) as batches:
+            async for rows in batches:
+                yield [
+                    line
+                    for row in rows
+                    for line in _lines(
+                        edges[row.slice],
+                        edges[row.slice + 1],
+                        row.group,
+                        row.amounts,
+                        None,
+                        measures,
+                    )
+                ]
 
     async def intervals(
         self, start: datetime, end: datetime, where: UsageFilter
@@ -133,24 +159,27 @@ class Snapshot:
         yield batch
 
 
-def _lines(window: Window, row: UsageRow, measures: dict[str, Measure]) -> list[UsageLine]:
-    return [
-        UsageLine(
-            start=window.start,
-            end=window.end,
-            group=row.group,
-            resources=row.resources,
+def _lines(
+    start: datetime,
+    end: datetime,
+    group: Mapping[str, str | None],
+    amounts: Mapping[str, int],
+    resources: int | None,
+    measures: Mapping[str, Measure],
+) -> Iterator[UsageLine]:
+    for name, amount in amounts.items():
+        measure = measures[name]
+        yield UsageLine(
+            start=start,
+            end=end,
+            group=group,
+            resources=resources,
             measure=name,
-            unit=unit(
-                measures[name].resource_type, measures[name].attribute or measures[name].counter
-            ),
-            is_held=measures[name].is_held,
+            unit=unit(measure.resource_type, measure.attribute or measure.counter),
+            is_held=measure.is_held,
             amount=amount,
-            hours=hours(amount) if measures[name].is_held else None,
+            hours=hours(amount) if measure.is_held else None,
         )
-        for name, amount in row.amounts.items()
-        if amount
-    ]
 
 
 def _projects(where: UsageFilter) -> list[str] | None:

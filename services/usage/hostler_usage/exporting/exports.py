@@ -1,15 +1,16 @@
 """What exports and reports are made of: the ledger's lines, and what they cost.
 
 Lines come in batches, so that memory does not grow with them. By a price book that has tiers or
-rounds up, the cost of a line depends on others of its project: then a project's lines are rated
-together, and memory grows with those of the largest.
+rounds up, the cost of a line depends on others of its project: then the lines of a project come one
+after the other and are rated together, and memory grows with those of the largest.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import takewhile
+from itertools import groupby
 from typing import Final, Protocol
 
 from hostler_common import auth, errors
@@ -93,37 +94,38 @@ async def priced_lines(
     pricing: Pricing,
     edges: Iterable[datetime] = (),
 ) -> AsyncGenerator[Sequence[Priced]]:
-    """The lines of a window by these groups and the book's, cut at `edges` and where prices change."""
-    wanted = dict.fromkeys((*groups, *sorted(pricing.groups)))
-    spans = [
-        _part(asked, begin, end)
-        for begin, end in pricing.spans(asked.start, asked.end, edges)
-        if begin < asked.as_of
-    ]
-    if not spans:
-        return
+    """The lines of a window by these groups and the book's, cut at `edges` and where prices change.
+
+    They come in the order of time; by a book in which something accumulates, project by project.
+    """
+    wanted = list(dict.fromkeys((*groups, *sorted(pricing.groups))))
+    spans = list(pricing.spans(asked.start, asked.end, edges))
+    cuts = [*(begin for begin, _ in spans), spans[-1][1]]
 
     def rated(lines: Sequence[UsageLine]) -> Sequence[Priced]:
         return pricing.rated(lines, counted_from=asked.start)
 
     if not pricing.accumulates:
-        for span in spans:
-            async for lines in snapshot.usage(span, list(wanted), where):
+        async with aclosing(
+            snapshot.usage_by_slice(cuts, wanted, where, as_of=asked.as_of)
+        ) as batches:
+            async for lines in batches:
                 # arithmetic with fractions takes processor time: others are served meanwhile
                 yield await asyncio.to_thread(rated, lines)
         return
-    names = list(dict.fromkeys(("project", *wanted)))
-    whole = _part(asked, spans[0].start, spans[-1].end)
-    async for found in snapshot.usage(whole, ["project"], where):
-        for project in dict.fromkeys(line.group["project"] for line in found):
-            together = [
-                line
-                for span in spans
-                async for lines in snapshot.usage(span, names, _only(where, project))
-                for line in lines
-                if line.group["project"] == project  # what is nobody's cannot be asked for alone
-            ]
-            yield await asyncio.to_thread(rated, together)
+    names = ["project", *(name for name in wanted if name != "project")]
+    together: list[UsageLine] = []
+    async with aclosing(
+        snapshot.usage_by_slice(cuts, names, where, as_of=asked.as_of, leading=1)
+    ) as batches:
+        async for lines in batches:
+            for project, found in groupby(lines, key=_project):
+                if together and _project(together[0]) != project:
+                    yield await asyncio.to_thread(rated, together)
+                    together = []
+                together += found
+    if together:
+        yield await asyncio.to_thread(rated, together)
 
 
 async def focus_charges(
@@ -134,24 +136,23 @@ async def focus_charges(
     currency: str,
 ) -> AsyncGenerator[Sequence[focus.FocusCharge]]:
     """The charges of a window by day; `currency` is theirs where there is no price book."""
-    days = focus.charge_periods(asked.start, asked.end)
-    periods = list(takewhile(lambda day: day[0] < asked.as_of, days))
+    edges = [end for _, end in focus.charge_periods(asked.start, asked.end)]
     if pricing is not None:
-        edges = [end for _, end in periods]
-        async for priced in priced_lines(snapshot, asked, focus.GROUPS, where, pricing, edges):
-            yield [
-                focus.charge(line, currency=pricing.book.currency, price=price)
-                for line, price in priced
-            ]
+        async with aclosing(
+            priced_lines(snapshot, asked, focus.GROUPS, where, pricing, edges)
+        ) as found:
+            async for priced in found:
+                yield [
+                    focus.charge(line, currency=pricing.book.currency, price=price)
+                    for line, price in priced
+                ]
         return
-    for begin, end in periods:
-        async for lines in snapshot.usage(_part(asked, begin, end), focus.GROUPS, where):
+    async with aclosing(
+        snapshot.usage_by_slice([asked.start, *edges], focus.GROUPS, where, as_of=asked.as_of)
+    ) as batches:
+        async for lines in batches:
             yield [focus.charge(line, currency=currency) for line in lines]
 
 
-def _part(asked: Window, begin: datetime, end: datetime) -> Window:
-    return Window(start=begin, end=end, as_of=asked.as_of)
-
-
-def _only(where: UsageFilter, project: str | None) -> UsageFilter:
-    return where if project is None else replace(where, project_id=project)
+def _project(line: UsageLine) -> str | None:
+    return line.group["project"]

@@ -176,7 +176,8 @@ def idle(
     console = Console()
     (console if console.is_terminal else Console(width=240)).print(table)
     sys.stdout.write(
-        f"{len(answer['findings'])} of {answer['examined']}; of {answer['unknown']} it cannot be told\n"
+        f"{len(answer['findings'])} of the {answer['examined']} resources that were looked at;"
+        f" of {answer['unknown']} it cannot be told (--unknown says why)\n"
     )
 
 
@@ -245,4 +246,5 @@ def _copy(answer: BinaryIO, file: BinaryIO) -> None:
 
 def _progress(written: int, seconds: float) -> str:
     rate = written / max(seconds, 0.001)
-    return f"{written / 1e6:.1f} MB written in {seconds:.1f} s, {rate / 1e6:.1f} MB/s"
+    size = f"{written / 1e6:.1f} MB" if written >= 1e5 else f"{written:,} bytes"
+    return f"{size} written in {seconds:.1f} s, {rate / 1e6:.1f} MB/s"

@@ -15,17 +15,14 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import AwareDatetime, BaseModel, Field
 
 from hostler_common import auth, errors, http
-from hostler_usage.exporting import idle, idle_store
+from hostler_usage.exporting import idle, idle_findings
 from hostler_usage.exporting.exports import Exports, priced_lines
-from hostler_usage.exporting.focus_pricing import Pricing
 from hostler_usage.history.measures import hours
 from hostler_usage.history.report_store import UsageFilter
 from hostler_usage.listing import Cited, Name
 from hostler_usage.money.rating import money
 from hostler_usage.windows import window
 
-MOST_EXAMINED: Final = 5000
-_EXAMINED_AT_ONCE: Final = 500
 COST: Final = "cost"
 
 ExportsDep = Annotated[Exports, http.state("exports")]
@@ -177,39 +174,25 @@ async def report_idle(
         scope=caller.projects, project_id=project_id, region=region, resource_type=resource_type
     )
     now = datetime.now(UTC)
-    found: list[Finding] = []
-    examined = unknown = 0
-    async with exports.store.snapshot() as snapshot:
-        while True:
-            page = await idle_store.candidates(
-                snapshot.connection, where, limits, now=now, limit=_EXAMINED_AT_ONCE, marker=marker
-            )
-            for candidate in page:
-                examined += 1
-                marker = candidate.marker
-                judged = idle.judge(candidate.held, limits, now=now)
-                is_unknown = judged.verdict is idle.Verdict.UNKNOWN
-                unknown += is_unknown
-                is_asked_for = (
-                    (include_unknown and reason is None)
-                    if is_unknown
-                    else (judged.verdict is idle.Verdict.IDLE and reason in (None, judged.reason))
-                )
-                if is_asked_for:
-                    found.append(_finding(candidate, judged, pricing, now))
-                if len(found) == limit:
-                    break
-            is_over = len(found) < limit and len(page) < _EXAMINED_AT_ONCE
-            if is_over or len(found) == limit or examined >= MOST_EXAMINED:
-                break
+    found = await idle_findings.find(
+        exports,
+        where,
+        limits,
+        now=now,
+        pricing=pricing,
+        reason=reason,
+        include_unknown=include_unknown,
+        limit=limit,
+        marker=marker,
+    )
     return IdleReport(
         as_of=now,
         thresholds=_said(limits),
         currency=None if pricing is None else pricing.book.currency,
-        examined=examined,
-        unknown=unknown,
-        findings=found,
-        next_marker=None if is_over else marker,
+        examined=found.examined,
+        unknown=found.unknown,
+        findings=[_finding(one) for one in found.findings],
+        next_marker=found.next_marker,
     )
 
 
@@ -272,25 +255,8 @@ async def report_top_projects(
     )
 
 
-def _finding(
-    candidate: idle_store.Candidate,
-    judged: idle.Judgement,
-    pricing: Pricing | None,
-    now: datetime,
-) -> Finding:
-    held = candidate.held
-    cost = None
-    if pricing is not None:
-        group = {
-            "region": candidate.region,
-            "project": candidate.project_id,
-            "user": candidate.user_id,
-            "type": held.resource_type,
-            "resource": candidate.resource_id,
-            "state_class": held.state_class,
-        }
-        monthly = pricing.month(group, held.attributes, start=now)
-        cost = None if monthly is None else money(monthly, pricing.book.currency)
+def _finding(one: idle_findings.Finding) -> Finding:
+    candidate, judged, held = one.candidate, one.judged, one.candidate.held
     return Finding(
         region=candidate.region,
         resource_type=held.resource_type,
@@ -301,14 +267,15 @@ def _finding(
         verdict=judged.verdict,
         reason=judged.reason,
         since=judged.since,
-        age_days=0 if judged.since is None else (now - judged.since).days,
+        age_days=one.age_days,
         score=round(float(judged.score), 1),
         evidence=list(judged.evidence),
         cited=[
-            Cited(message_id=one.message_id, event_id=one.event_id) for one in candidate.opened_by
+            Cited(message_id=cited.message_id, event_id=cited.event_id)
+            for cited in candidate.opened_by
         ],
         holds=idle.holds(held),
-        cost_per_month=cost,
+        cost_per_month=one.cost,
     )
 
 

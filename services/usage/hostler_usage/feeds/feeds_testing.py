@@ -108,6 +108,7 @@ class Feeds:
     jobs: FeedJobs
     session: aiohttp.ClientSession
     outcomes: list[str]
+    tokens: Path
 
     async def ingest(self, *events: Event) -> None:
         """These events are stored, in one transaction, and arrive in the order of their times."""
@@ -223,11 +224,14 @@ async def open_feeds(
                     hub=hub,
                     publisher=publisher,
                     callbacks=callbacks,
+                    # as the service does when it is started anew with a changed file
+                    named=lambda name: auth.TokenFile.read(tokens).named(name),
                     at_once=4,
                     count=outcomes.append,
                 ),
                 session=session,
                 outcomes=outcomes,
+                tokens=tokens,
             )
         finally:
             await server.drain()

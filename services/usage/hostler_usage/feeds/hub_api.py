@@ -1,7 +1,8 @@
 """The WebSub hub over HTTP (W3C Recommendation, section 5), and a list of who is subscribed.
 
-A subscription sees what the caller saw who made it, until its lease ends. Requests are answered
-before the subscriber is called: 202 says that the request was understood, nothing more.
+A subscription sees what the caller saw who made it, until its lease ends, and less where the caller's
+token is gone or sees less meanwhile (`hub_deliver`). Requests are answered before the subscriber is
+called: 202 says that the request was understood, nothing more.
 """
 
 import ipaddress

@@ -4,16 +4,20 @@ Each may run in every replica at once: what is claimed by one is not taken by an
 least once, in the order of arrival, one at a time for each subscription: what was told is written
 down when the subscriber has said that it got it, so that a process killed in between tells it again.
 A failing subscriber is tried again, ever more rarely, until its lease ends; it misses nothing.
+
+What a subscriber is told is what its maker might see then and may see now: where tokens are in a
+file, that file is asked at every delivery. Of signed tokens nothing is known between two requests:
+there the lease is what ends a subscription.
 """
 
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from hostler_common import logs
+from hostler_common import auth, logs
 from hostler_usage.feeds import atom, websub
 from hostler_usage.feeds.callbacks import Callbacks, CallFailedError
 from hostler_usage.feeds.feed import Feed
@@ -22,6 +26,7 @@ from hostler_usage.feeds.hub_store import Asked, Claimed, HubStore
 from hostler_usage.feeds.hub_topic import topic_feed
 from hostler_usage.feeds.publish import Edition, Publisher
 from hostler_usage.feeds.websub import Mode, Outcome
+from hostler_usage.history.report_store import Scope
 
 log = logs.get(__name__)
 
@@ -37,12 +42,17 @@ def _ignored(_: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedJobs:
-    """The loops, each method one turn. `count` is told of every outcome by its name."""
+    """The loops, each method one turn. `count` is told of every outcome by its name.
+
+    `named` says who may call by a name now, or None where only a token that is shown tells
+    (`auth.Verifier.named`).
+    """
 
     feeds: FeedStore
     hub: HubStore
     publisher: Publisher
     callbacks: Callbacks
+    named: Callable[[str], Sequence[auth.Principal] | None]
     at_once: int = 20
     count: Callable[[str], None] = _ignored
 
@@ -170,23 +180,25 @@ class FeedJobs:
 
     async def _tell(self, claimed: Claimed) -> None:
         found = topic_feed(claimed.topic)
-        if found is None:  # the paths of feeds have changed since
-            await self.hub.ended(claimed)
-            self.count("ended")
+        if found is None:
+            await self._end(claimed, "there is no such feed any more")
             return
         base, feed = found
+        scope = self._scope(claimed)
+        if scope is not None and not scope:
+            await self._end(claimed, "whoever subscribed may see nothing of it any more")
+            return
         try:
             page, through = await self.feeds.news(
-                feed, scope=claimed.scope, after=claimed.after_seq, limit=DELIVERY_EVENTS
+                feed, scope=scope, after=claimed.after_seq, limit=DELIVERY_EVENTS
             )
-        except FeedNotFound:  # it cannot be seen any more by who subscribed
-            await self.hub.ended(claimed)
-            self.count("ended")
+        except FeedNotFound:
+            await self._end(claimed, "whoever subscribed may not see it any more")
             return
         if not page.events:
             await self.hub.told(claimed, through, None)
             return
-        edition = Edition(feed=feed, scope=claimed.scope, base=base, page=page)
+        edition = Edition(feed=feed, scope=scope, base=base, page=page)
         body = await self.publisher.document(edition)
         try:
             answer = await self.callbacks.post(
@@ -200,11 +212,24 @@ class FeedJobs:
                 await self.hub.told(claimed, through, f"status {answer.status}")
                 self.count("delivered")
             case Outcome.GONE:
-                await self.hub.ended(claimed)
+                await self.hub.ended(claimed, None)
                 self.count("gone")
                 log.info("subscription_gone", topic=claimed.topic)
             case Outcome.FAILED:
                 await self._failed(claimed, f"status {answer.status}")
+
+    def _scope(self, claimed: Claimed) -> Scope:
+        """What may be told now: the token of whoever subscribed may be gone, or see less than then."""
+        holders = self.named(claimed.caller)
+        if holders is None:
+            return claimed.scope
+        readers = [holder.projects for holder in holders if holder.has(auth.Role.READER)]
+        return websub.present_scope(claimed.scope, readers)
+
+    async def _end(self, claimed: Claimed, reason: str) -> None:
+        await self.hub.ended(claimed, reason)
+        self.count("ended")
+        log.info("subscription_ended", topic=claimed.topic, caller=claimed.caller, reason=reason)
 
     async def _failed(self, claimed: Claimed, reason: str) -> None:
         delay = websub.backoff_seconds(claimed.failures + 1, _spread())

@@ -57,6 +57,7 @@ class Claimed:
     topic: str
     callback: str
     secret: str | None
+    caller: str
     scope: Scope
     verified_at: datetime
     after_seq: int
@@ -198,8 +199,8 @@ class HubStore:
                 " WHERE id = (SELECT id FROM hub_subscription WHERE next_at <= now()"
                 "  AND expires_at > now() AND after_seq < (SELECT settled_seq FROM feed_clock)"
                 "  ORDER BY next_at LIMIT 1 FOR UPDATE SKIP LOCKED)"
-                " RETURNING id, topic, callback, secret, projects, verified_at, after_seq,"
-                " failures",
+                " RETURNING id, topic, callback, secret, caller, projects, verified_at,"
+                " after_seq, failures",
                 CLAIM_SECONDS,
             )
         return None if row is None else Claimed(**_with_scope(row))
@@ -241,18 +242,23 @@ class HubStore:
                 seconds,
             )
 
-    async def ended(self, claimed: Claimed) -> None:
+    async def ended(self, claimed: Claimed, reason: str | None) -> None:
         """The subscription is gone, unless it was renewed meanwhile.
+
+        Its subscriber will be told that it is denied, with the reason; not where there is none.
 
         Raises:
             DatabaseUnavailable: it is still there.
         """
-        async with db.connection(self.pool) as connection:
-            await connection.execute(
-                "DELETE FROM hub_subscription WHERE id = $1 AND verified_at = $2",
+        async with db.transaction(self.pool) as connection:
+            row = await connection.fetchrow(
+                "DELETE FROM hub_subscription WHERE id = $1 AND verified_at = $2"
+                " RETURNING topic, callback, caller",
                 claimed.id,
                 claimed.verified_at,
             )
+            if row is not None and reason is not None:
+                await _denied(connection, row, reason)
 
     async def expire(self) -> int:
         """Subscriptions whose lease has ended are gone; how many those were.
@@ -300,14 +306,19 @@ class HubStore:
             )
             if row is None:
                 raise SubscriptionNotFound(f"there is no subscription {subscription_id}")
-            await connection.execute(
-                "INSERT INTO hub_request (mode, topic, callback, lease_seconds, caller, reason)"
-                " VALUES ('denied', $1, $2, 0, $3, $4)",
-                row["topic"],
-                row["callback"],
-                row["caller"],
-                reason,
-            )
+            await _denied(connection, row, reason)
+
+
+async def _denied(connection: db.Connection, gone: asyncpg.Record, reason: str) -> None:
+    """The subscriber of what is gone will be told that it is denied."""
+    await connection.execute(
+        "INSERT INTO hub_request (mode, topic, callback, lease_seconds, caller, reason)"
+        " VALUES ('denied', $1, $2, 0, $3, $4)",
+        gone["topic"],
+        gone["callback"],
+        gone["caller"],
+        reason,
+    )
 
 
 async def _take(connection: db.Connection, request_id: int) -> bool:

@@ -157,6 +157,23 @@ def is_verified(status: int, body: bytes, challenge: str) -> bool:
     return 200 <= status < 300 and hmac.compare_digest(body, challenge.encode())
 
 
+# --- what a subscription may see
+
+
+def present_scope(
+    granted: frozenset[str] | None, named: Sequence[frozenset[str] | None]
+) -> frozenset[str] | None:
+    """What is left of what its maker might see when it subscribed; None is every project.
+
+    `named` is what each of the tokens may see that bear the maker's name now. A subscription never
+    sees more than its maker did: for that it is renewed.
+    """
+    if any(projects is None for projects in named):
+        return granted
+    present = frozenset(project for projects in named if projects for project in projects)
+    return present if granted is None else granted & present
+
+
 # --- delivery, sections 7 and 8
 
 

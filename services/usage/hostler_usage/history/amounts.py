@@ -1,10 +1,20 @@
 """From readings of counters to what moved: amounts, each belonging to one moment.
 
 Like the fold of states, a pure function of the *set* of readings: order and copies cannot matter.
-Three kinds of counters need three rules. One that grows since the beginning of the audit period and
-is repeated in every body (Nova's bandwidth) counts its highest value of each period, once. One that
-grows until it is reset counts the differences of successive readings; a reading below the one
-before is a reset, and counts as it stands. One that already is a difference counts as it is.
+Three kinds of counters need three rules, each its format's own.
+
+One that grows since the beginning of the audit period and is repeated in every body (Nova's
+bandwidth) counts its highest value of each period, once. Periods that overlap without beginning
+together (an hourly audit and a daily one) speak of the same bytes: of those, some that do not
+overlap are counted, such that they are as much as can be. No less has moved, and nothing is counted
+twice.
+
+One that grows until it is reset (volume.usage) counts the differences of successive readings; a
+reading below the one before is a reset, and counts as it stands. What overlaps, cancels out.
+
+One that already is a difference (l3.meter) counts as it is: what was told is set to nothing. So a
+body that is told again, under another message id, is known by who measured it and until when
+(`CounterReading.run`); without a name for who did, every message counts.
 
 The first reading of a growing counter counts whole where the counter is known to have begun at
 nothing inside the resource's own metered life: another run of it was read before
@@ -12,15 +22,16 @@ nothing inside the resource's own metered life: another run of it was read befor
 counting begins.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from hostler_usage.history.intervals import Interval
+from hostler_usage.history.intervals import SAME_MOMENT, Interval
 from hostler_usage.reading.mapping import Reading
 from hostler_usage.reading.statement import Evidence, Statement
 from hostler_usage.reading.times import MICROSECOND
@@ -52,13 +63,21 @@ class _Point(NamedTuple):
     evidence: Evidence
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What moved, in order of time, and whether readings overlapped so that not all of it is certain."""
+
+    amounts: tuple[Amount, ...]
+    is_overlapping: bool
+
+
 def amounts(
     statements: Iterable[tuple[Statement, Evidence]],
     intervals: Sequence[Interval],
     *,
     is_born_of_event: bool,
-) -> tuple[Amount, ...]:
-    """Return what moved of one resource, in order of time; what is nothing is left out."""
+) -> Moved:
+    """Return what moved of one resource; what is nothing is left out."""
     series: dict[tuple[str, str, Reading], list[_Point]] = defaultdict(list)
     for statement, evidence in statements:
         if not statement.readings:
@@ -71,8 +90,11 @@ def amounts(
                 _Point(at, reading.value, reading.run, statement.period, project_id, evidence)
             )
     found: dict[tuple[str, str, datetime], Amount] = {}
+    is_overlapping = False
     for (counter, label, kind), points in sorted(series.items(), key=itemgetter(0)):
-        for moment, amount, project_id, rests_on in _RULES[kind](points, is_born_of_event):
+        counted, is_in_doubt = _RULES[kind](points, is_born_of_event)
+        is_overlapping |= is_in_doubt
+        for moment, amount, project_id, rests_on in counted:
             if not amount:
                 continue
             key = (counter, label, moment)
@@ -85,10 +107,12 @@ def amounts(
                 project_id=project_id or _owner(intervals, moment),
                 evidence=(before.evidence if before else ()) + rests_on,
             )
-    return tuple(found[key] for key in sorted(found))
+    return Moved(amounts=tuple(found[key] for key in sorted(found)), is_overlapping=is_overlapping)
 
 
-_Found = Iterator[tuple[datetime, int, str | None, tuple[Evidence, ...]]]
+# what moved until which moment, whose it was, and what says so; and whether more was told than counts
+_Counted = tuple[datetime, int, str | None, tuple[Evidence, ...]]
+_Found = tuple[Iterable[_Counted], bool]
 
 
 def _order(point: _Point) -> tuple[object, ...]:
@@ -100,18 +124,46 @@ def _order(point: _Point) -> tuple[object, ...]:
     )
 
 
+class _Period(NamedTuple):
+    """What was told of a period: its highest reading."""
+
+    start: datetime
+    end: datetime
+    witness: _Point
+
+
 def _highest_of_periods(points: Sequence[_Point], _: bool) -> _Found:
-    periods: dict[datetime, list[_Point]] = defaultdict(list)
+    by_start: dict[datetime, list[_Point]] = defaultdict(list)
     ends: dict[datetime, datetime] = {}
     for point in points:
         if point.period is not None and point.period[0] < point.period[1]:
             start, end = point.period
-            periods[start].append(point)
+            by_start[start].append(point)
             ends[start] = max(end, ends.get(start, end))
-    for start in sorted(periods):  # two may end in one moment
-        same = periods[start]
-        witness = same[0] if len(same) == 1 else _highest(same)
-        yield ends[start] - MICROSECOND, witness.value, witness.project_id, (witness.evidence,)
+    periods = [  # two may end in one moment
+        _Period(start, ends[start], same[0] if len(same) == 1 else _highest(same))
+        for start, same in sorted(by_start.items())
+    ]
+    is_overlapping = any(_overlap(one, other) for one, other in pairwise(periods))
+    if is_overlapping:  # then each reading counts for itself, until when it was taken
+        by_period: dict[tuple[datetime, datetime], list[_Point]] = defaultdict(list)
+        for start, same in by_start.items():
+            for point in same:
+                assert point.period is not None
+                by_period[start, point.period[1]].append(point)
+        periods = _most_certain(
+            _Period(start, end, _highest(same)) for (start, end), same in by_period.items()
+        )
+    counted = [
+        (
+            item.end - MICROSECOND,
+            item.witness.value,
+            item.witness.project_id,
+            (item.witness.evidence,),
+        )
+        for item in periods
+    ]
+    return counted, is_overlapping
 
 
 def _highest(points: Sequence[_Point]) -> _Point:
@@ -119,31 +171,71 @@ def _highest(points: Sequence[_Point]) -> _Point:
     return min((point for point in points if point.value == highest), key=_order)
 
 
+def _overlap(before: _Period, after: _Period) -> bool:
+    """Whether one begins in the other; that one's end may be cut or rounded to the second."""
+    return before.end - after.start > SAME_MOMENT
+
+
+def _most_certain(periods: Iterable[_Period]) -> list[_Period]:
+    """Those of them that do not overlap and together are the most; of equals, the greatest number."""
+    ordered = sorted(periods, key=lambda item: (item.end, item.start))
+    ends = [item.end for item in ordered]
+    best: list[tuple[int, int, int | None]] = [
+        (0, 0, None)
+    ]  # of the first so many: the last taken
+    for number, item in enumerate(ordered):
+        compatible = bisect_right(ends, item.start + SAME_MOMENT, hi=number)
+        total, count = best[compatible][0] + item.witness.value, best[compatible][1] + 1
+        without = best[-1][:2]
+        best.append((total, count, compatible) if (total, count) > without else (*without, None))
+    chosen: list[_Period] = []
+    position = len(ordered)
+    while position:
+        before_it = best[position][2]
+        if before_it is None:
+            position -= 1
+        else:
+            chosen.append(ordered[position - 1])
+            position = before_it
+    return chosen[::-1]
+
+
 def _growth(points: Sequence[_Point], is_born_of_event: bool) -> _Found:
     runs: dict[str, list[_Point]] = defaultdict(list)
     for point in sorted(points, key=_order):
         runs[point.run].append(point)
+    counted: list[_Counted] = []
     for number, run in enumerate(runs.values()):  # in order of their first readings
         first = run[0]
         if number > 0 or is_born_of_event:
-            yield first.at, first.value, first.project_id, (first.evidence,)
+            counted.append((first.at, first.value, first.project_id, (first.evidence,)))
         for before, point in pairwise(run):
             is_reset = point.value < before.value
             grown = point.value if is_reset else point.value - before.value
-            yield point.at, grown, point.project_id, (before.evidence, point.evidence)
+            counted.append((point.at, grown, point.project_id, (before.evidence, point.evidence)))
+    return counted, False
 
 
 def _each(points: Sequence[_Point], _: bool) -> _Found:
-    told: set[tuple[datetime, int, str]] = set()
+    told: dict[tuple[object, ...], _Point] = {}
+    is_overlapping = False
     for point in sorted(points, key=_order):
-        # one message in two envelopes (from the broker and from a log) is two bodies, and moved nothing twice
-        key = (point.at, point.value, point.evidence.message_id)
-        if key not in told:
-            told.add(key)
-            yield point.at, point.value, point.project_id, (point.evidence,)
+        if point.run:
+            key: tuple[object, ...] = (point.run, point.at)
+            is_overlapping |= key in told and told[key].value != point.value
+            # of what is not the same after all, the higher one
+            if key not in told or told[key].value < point.value:
+                told[key] = point
+        else:
+            # one message in two envelopes (from the broker and from a log) is two bodies, and moved nothing twice
+            told.setdefault((point.at, point.value, point.evidence.message_id), point)
+    counted = [
+        (point.at, point.value, point.project_id, (point.evidence,)) for point in told.values()
+    ]
+    return counted, is_overlapping
 
 
-_RULES = {
+_RULES: Final[Mapping[Reading, Callable[[Sequence[_Point], bool], _Found]]] = {
     Reading.PERIOD: _highest_of_periods,
     Reading.CUMULATIVE: _growth,
     Reading.DELTA: _each,

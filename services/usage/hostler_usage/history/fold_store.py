@@ -1,25 +1,24 @@
 """What follows from the stored messages: ledgers made anew for the resources that were touched.
 
 One transaction takes some touched batches, locks their resources, reads everything that was ever
-said of them (or since their past was settled: `settled`), and replaces what followed from it
-before. A message that is stored meanwhile marks its resources again with its own commit, so none is
-ever lost; the lock makes two processes that meet at a resource queue up, the later one reading what
-the earlier one could not see.
+said of them (or since their past was settled: `settled`), a bounded part of it at a time, and
+replaces what followed from it before. A message that is stored meanwhile marks its resources again
+with its own commit, so none is ever lost; the lock makes two processes that meet at a resource
+queue up, the later one reading what the earlier one could not see.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from collections.abc import Mapping as Table
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import repeat
 from types import MappingProxyType
 from typing import Any, Final
 
 from hostler_common import db
 from hostler_usage.auditing.audit_store import replace_verdicts
 from hostler_usage.auditing.repetition import Said
-from hostler_usage.history import rollup_store, settled_store
+from hostler_usage.history import rollup_store, settled_store, touched_store
 from hostler_usage.history.amount_store import EVER, amount_rows, replace_amounts
 from hostler_usage.history.intervals import Interval
 from hostler_usage.history.ledger import Ledger, reckon
@@ -51,10 +50,10 @@ INTERVALS: Final = RowSet(
     ),
     key_length=4,
 )
-_BATCHES = 500  # looked at in one transaction
-_AT_ONCE = (
-    50  # ledgers in memory at a time: one may be long, and nothing else runs while one is reckoned
-)
+_AT_ONCE = 50  # resources that are looked up at a time
+# in memory at a time, but that the last resource's may be more: nothing else runs while they are reckoned
+_STATEMENTS: Final = 4000
+_FETCHED: Final = 1000
 _KEYS = "unnest($1::text[], $2::text[], $3::text[]) AS k (region, resource_type, resource_id)"
 _KEYS_SINCE = (
     "unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[]) WITH ORDINALITY"
@@ -70,6 +69,14 @@ class FoldStore:
     pool: db.Pool
     mapping: Mapping
 
+    async def gather(self, limit: int) -> int:
+        """Each resource that waits is named once, if more than `limit` do; return about how many.
+
+        Raises:
+            DatabaseUnavailable: nothing was changed.
+        """
+        return await touched_store.gather(self.pool, limit)
+
     async def fold_some(self, limit: int = 1000) -> int:
         """The resources of some touched batches, about `limit` of them, are reckoned; return how many.
 
@@ -79,24 +86,9 @@ class FoldStore:
             DatabaseUnavailable: nothing was changed.
         """
         async with db.transaction(self.pool) as connection:
-            batches = await connection.fetch(
-                "SELECT id, regions, resource_types, resource_ids, oldest FROM touched"
-                " ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED",
-                _BATCHES,
-            )
-            taken: list[int] = []
-            touched: dict[ResourceKey, datetime | None] = {}
-            for number, regions, kinds, names, oldest in batches:
-                keys = [ResourceKey(*key) for key in zip(regions, kinds, names, strict=True)]
-                more = sum(key not in touched for key in keys)
-                if taken and len(touched) + more > limit:
-                    break
-                taken.append(number)
-                for key, moment in zip(keys, oldest or repeat(None), strict=False):
-                    known = touched.get(key, moment)
-                    touched[key] = min(known, moment) if known and moment else None
+            taken, touched = await touched_store.take(connection, limit)
             await self.reckon(connection, sorted(touched), touched)
-            await connection.execute("DELETE FROM touched WHERE id = ANY($1)", taken)
+            await touched_store.forget(connection, taken)
         return len(touched)
 
     async def reckon(
@@ -122,12 +114,12 @@ class FoldStore:
         for first in range(0, len(keys), _AT_ONCE):
             some = keys[first : first + _AT_ONCE]
             metered = [key for key in some if key.resource_type in self.mapping.resources]
-            ledgers, since = await self._ledgers(connection, metered, oldest)
-            held, moved = await self._replace(connection, ledgers, since, closed)
-            if until is not None:
-                by_type = self.mapping.measures_by_type
-                changes.update(sums(_facts(held.added, moved.added), by_type, until))
-                changes.subtract(sums(_facts(held.removed, moved.removed), by_type, until))
+            async for ledgers, since in self._ledgers(connection, metered, oldest):
+                held, moved = await self._replace(connection, ledgers, since, closed)
+                if until is not None:
+                    by_type = self.mapping.measures_by_type
+                    changes.update(sums(_facts(held.added, moved.added), by_type, until))
+                    changes.subtract(sums(_facts(held.removed, moved.removed), by_type, until))
         await rollup_store.add(connection, changes)
 
     async def _ledgers(
@@ -135,34 +127,41 @@ class FoldStore:
         connection: db.Connection,
         keys: Sequence[ResourceKey],
         oldest: Table[ResourceKey, datetime | None],
-    ) -> tuple[dict[ResourceKey, Ledger], dict[ResourceKey, datetime]]:
-        """The ledgers, and from when on those are whose past is settled: before, all is as it was."""
-        ledgers: dict[ResourceKey, Ledger] = {}
-        since: dict[ResourceKey, datetime] = {}
-        pasts: dict[ResourceKey, Settled | None] = {}
+    ) -> AsyncIterator[tuple[dict[ResourceKey, Ledger], dict[ResourceKey, datetime]]]:
+        """Ledgers, and from when on those are whose past is settled: before, all is as it was.
+
+        There are some after the others, so that memory does not hold all that was said.
+        """
         settled = await settled_store.load(connection, {key: oldest.get(key) for key in keys})
-        if settled:
-            said = await _load(connection, list(settled), settled)
-            before = await _intervals(connection, list(settled))
-            for key, past in settled.items():
-                if not past.goes_on(said[key]):
-                    continue
-                needed = [*past.kept, *said[key]]
-                ledger = reckon(self.mapping.resources[key.resource_type], needed)
-                after = [_span(row) for row in self._interval_rows(key, ledger)]
-                if past.is_past_kept(before[key], after):
-                    ledgers[key], since[key] = ledger, past.rows_from
-                    later = settle(needed, ledger)
-                    if later is not None and later.rows_from > past.rows_from:
-                        pasts[key] = later
-        rest = [key for key in keys if key not in ledgers]
-        if rest:
-            said = await _load(connection, rest, {})
-            for key in rest:
-                ledger = reckon(self.mapping.resources[key.resource_type], said[key])
-                ledgers[key], pasts[key] = ledger, settle(said[key], ledger)
-        await settled_store.save(connection, pasts)
-        return ledgers, since
+        rest = [key for key in keys if key not in settled]
+        async for said in _load(connection, list(settled), settled):
+            ledgers: dict[ResourceKey, Ledger] = {}
+            pasts: dict[ResourceKey, Settled | None] = {}
+            before = await _intervals(connection, list(said))
+            for key, news in said.items():
+                past = settled[key]
+                needed = [*past.kept, *news]
+                if past.goes_on(news):
+                    ledger = reckon(self.mapping.resources[key.resource_type], needed)
+                    after = [_span(row) for row in self._interval_rows(key, ledger)]
+                    if past.is_past_kept(before[key], after):
+                        ledgers[key] = ledger
+                        later = settle(needed, ledger)
+                        if later is not None and later.rows_from > past.rows_from:
+                            pasts[key] = later
+                        continue
+                rest.append(key)
+            await settled_store.save(connection, pasts)
+            yield ledgers, {key: settled[key].rows_from for key in ledgers}
+        async for said in _load(connection, rest, {}):
+            ledgers = {
+                key: reckon(self.mapping.resources[key.resource_type], all_of_it)
+                for key, all_of_it in said.items()
+            }
+            await settled_store.save(
+                connection, {key: settle(said[key], ledger) for key, ledger in ledgers.items()}
+            )
+            yield ledgers, {}
 
     def _interval_rows(self, key: ResourceKey, ledger: Ledger) -> list[Row]:
         resource = self.mapping.resources[key.resource_type]
@@ -209,23 +208,36 @@ async def _lock(connection: db.Connection, keys: Sequence[ResourceKey]) -> None:
 
 async def _load(
     connection: db.Connection, keys: Sequence[ResourceKey], settled: Table[ResourceKey, Settled]
-) -> dict[ResourceKey, list[Said]]:
-    """Everything that was ever said of these resources, or since their past was settled."""
-    rows = await connection.fetch(
+) -> AsyncIterator[dict[ResourceKey, list[Said]]]:
+    """Everything that was ever said of these resources, or since their past was settled, some after the others."""
+    if not keys:
+        return
+    waiting = await connection.cursor(
         "SELECT number, event_time, message_id, body_sha256, said"  # noqa: S608  constants of this module
         f" FROM {_KEYS_SINCE} JOIN raw_event USING {_SAME}"
         "  WHERE said IS NOT NULL AND event_time >= since"
         " UNION ALL"
         " SELECT number, event_time, message_id, body_sha256, said"
-        f" FROM {_KEYS_SINCE} JOIN statement_apart USING {_SAME} WHERE event_time >= since",
+        f" FROM {_KEYS_SINCE} JOIN statement_apart USING {_SAME} WHERE event_time >= since"
+        " ORDER BY number",
         *key_columns(keys),
         [settled[key].said_from if key in settled else EVER for key in keys],
     )
-    found: dict[ResourceKey, list[Said]] = defaultdict(list)
-    for number, event_time, message_id, digest, said in rows:
-        evidence = Evidence(event_time=event_time, message_id=message_id, digest=digest)
-        found[keys[number - 1]].append((decode(said), evidence))
-    return found
+    heard: set[ResourceKey] = set()
+    found: dict[ResourceKey, list[Said]] = {}
+    read = 0
+    while rows := await waiting.fetch(_FETCHED):
+        for number, event_time, message_id, digest, said in rows:
+            key = keys[number - 1]
+            if key not in heard:
+                heard.add(key)
+                if read >= _STATEMENTS:
+                    yield found
+                    found, read = {}, 0
+            evidence = Evidence(event_time=event_time, message_id=message_id, digest=digest)
+            found.setdefault(key, []).append((decode(said), evidence))
+            read += 1
+    yield found | {key: [] for key in keys if key not in heard}
 
 
 async def _intervals(

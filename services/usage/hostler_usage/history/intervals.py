@@ -28,7 +28,7 @@ from hostler_usage.history.observation import Kind, Observation, Rank
 from hostler_usage.reading import citation
 from hostler_usage.reading.statement import Evidence, Scalar
 
-_SAME_MOMENT = timedelta(seconds=1)
+SAME_MOMENT = timedelta(seconds=1)
 # audits read all their rows first and send for minutes: what an event has said since outranks them
 AUDIT_IS_STALE = timedelta(minutes=30)
 
@@ -46,6 +46,7 @@ class Anomaly(StrEnum):
     NEVER_OPENED = "never_opened"
     ENDED_BEFORE_BIRTH = "ended_before_birth"
     SEEN_AFTER_END = "seen_after_end"
+    COUNTS_OVERLAP = "counts_overlap"  # of what moved, only what is certain counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,7 @@ def fold(observations: Iterable[Observation]) -> History:
     birth = min(item.t_eff for item in openings)
     death = _death([item for item in seen if item.kind is Kind.END])
     if death is not None and death.t_eff <= birth:
-        is_odd = birth - death.t_eff > _SAME_MOMENT
+        is_odd = birth - death.t_eff > SAME_MOMENT
         return History(intervals=(), anomalies=(Anomaly.ENDED_BEFORE_BIRTH,) if is_odd else ())
     is_born_of_event = any(
         item.t_eff == birth and item.rank is not Rank.EVIDENCE for item in openings
@@ -92,7 +93,7 @@ def fold(observations: Iterable[Observation]) -> History:
     provenance = Provenance.EVENTS if is_born_of_event and is_ended_by_event else Provenance.AUDIT
     anomalies = []
     if death is not None and any(
-        item.rank > Rank.EVIDENCE and item.t_eff - death.t_eff > _SAME_MOMENT for item in states
+        item.rank > Rank.EVIDENCE and item.t_eff - death.t_eff > SAME_MOMENT for item in states
     ):
         anomalies.append(Anomaly.SEEN_AFTER_END)
     return History(
@@ -120,7 +121,7 @@ def _settle(moments: Iterable[datetime]) -> dict[datetime, datetime]:
     settled: dict[datetime, datetime] = {}
     cluster: list[datetime] = []
     for moment in [*sorted(moments), None]:
-        if cluster and (moment is None or moment - cluster[0] > _SAME_MOMENT):
+        if cluster and (moment is None or moment - cluster[0] > SAME_MOMENT):
             finest = next((item for item in cluster if item.microsecond), cluster[0])
             settled.update(dict.fromkeys(cluster, finest))
             cluster = []

@@ -37,12 +37,14 @@ def reckon(resource: Resource, said: Iterable[Said]) -> Ledger:
         for statement, evidence in without_repetitions(distinct)
         for observation in observe(statement, resource, evidence)
     )
+    moved = amounts(distinct, history.intervals, is_born_of_event=history.is_born_of_event)
+    doubts = (Anomaly.COUNTS_OVERLAP,) if moved.is_overlapping else ()
     return Ledger(
         intervals=history.intervals,
-        amounts=amounts(distinct, history.intervals, is_born_of_event=history.is_born_of_event),
+        amounts=moved.amounts,
         operations=pair_said(resource.name, distinct),
-        reconciliation=reconcile_said(resource.name, history.intervals, distinct),
-        anomalies=history.anomalies,
+        reconciliation=reconcile_said(resource, history.intervals, distinct),
+        anomalies=history.anomalies + doubts,
     )
 
 

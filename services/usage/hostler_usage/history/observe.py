@@ -192,7 +192,8 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
         attributes=tuple(
             pair
             for pair in statement.attributes
-            if pair[0] != "state" or pair[1] not in resource.gone
+            # a body of the end has the state it ended in: held never
+            if pair[0] != "state" or not (edge is Edge.END or pair[1] in resource.gone)
         ),
         evidence=evidence,
     )

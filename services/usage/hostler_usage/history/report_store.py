@@ -8,10 +8,11 @@ see is a condition inside each statement (`Scope`), never a filter on its answer
 import base64
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from collections.abc import Mapping as Table
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import datetime
 from functools import partial
 from typing import Final
 
@@ -20,10 +21,10 @@ import asyncpg
 from hostler_common import db, errors
 from hostler_usage.history import usage_sql
 from hostler_usage.history.measures import Window
-from hostler_usage.history.rollup import midnight
 from hostler_usage.history.rollup_store import days_until
+from hostler_usage.history.summed_days import Parts, parts
 from hostler_usage.money.budget import KIND
-from hostler_usage.reading.mapping import Mapping
+from hostler_usage.reading.mapping import Mapping, Measure
 from hostler_usage.reading.statement import ResourceKey
 from hostler_usage.reading.times import EPOCH, MICROSECOND, epoch_microseconds
 
@@ -73,7 +74,18 @@ _COLUMN: Final = {
 _BUCKETS: Final = ("hour", "day", "month")
 # what sums of whole days can be grouped by
 _SUMMED: Final = frozenset({"project", "region", "type", "day", "month"})
-_DAY = timedelta(days=1)
+ROWS_A_BATCH: Final = 1000
+# a whole table is grouped at once: with the usual 4 MB it is sorted on the disk
+_IN_MEMORY: Final = "SET LOCAL work_mem = '64MB'"
+_READING_SECONDS: Final = 600.0  # until the first rows come everything has been grouped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subjects:
+    """Projects by their names, and all that ever were in one of these groups, each of a kind."""
+
+    projects: frozenset[str]
+    groups: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +97,7 @@ class UsageFilter:
     region: str | None = None
     resource_type: str | None = None
     resource_id: str | None = None
+    subjects: Subjects | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +114,19 @@ class UsageRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRow:
+    """The usage of one group in one slice of a window, counted from zero; amounts as in `UsageRow`.
+
+    A group has a row for each type of its resources and for each counter that moved, and where both
+    sums of days and facts answered it has one of each: they add up.
+    """
+
+    slice: int
+    group: Table[Group, str | None]
+    amounts: Table[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventFilter:
     """Which stored messages are asked for; None does not restrict."""
 
@@ -114,6 +140,7 @@ class EventFilter:
     resource_id: str | None = None
     source: str | None = None
     region: str | None = None
+    is_audit: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,99 +199,200 @@ class ReportStore:
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
+        async with db.connection(self.pool) as connection:
+            try:
+                if not set(_BUCKETS).isdisjoint(groups):
+                    # whether the name is good must not depend on what there is to cut
+                    await connection.fetchval("SELECT now() AT TIME ZONE $1::text", time_zone)
+                query = await self._query(
+                    connection,
+                    (window.start, window.upper),
+                    groups,
+                    where,
+                    time_zone=time_zone,
+                    marker=marker,
+                    limit=limit,
+                )
+                rows = await connection.fetch(query.text, *query.values)
+            except asyncpg.InvalidParameterValueError as exc:
+                raise GroupUnknown(f"there is no time zone {time_zone}") from exc
+        found = [query.usage_row(row) for row in rows]
+        if not groups or len(rows) < limit:
+            return found, None
+        return found, _marker([found[-1].group[name] or "" for name in groups])
+
+    async def all_usage(
+        self, window: Window, groups: Sequence[Group], where: UsageFilter
+    ) -> AsyncGenerator[Sequence[UsageRow]]:
+        """All usage rows, ordered by group, in batches: the ledger is read once and as of one moment.
+
+        Raises:
+            GroupUnknown: there is no such group.
+            DatabaseUnavailable: the database is away.
+        """
+        async with db.transaction(self.pool) as connection:
+            query = await self._query(connection, (window.start, window.upper), groups, where)
+            await connection.execute(_IN_MEMORY)
+            cursor = await connection.cursor(query.text, *query.values)
+            while rows := await cursor.fetch(ROWS_A_BATCH, timeout=_READING_SECONDS):
+                yield [query.usage_row(row) for row in rows]
+
+    async def usage_by_slice(
+        self,
+        edges: Sequence[datetime],
+        groups: Sequence[Group],
+        where: UsageFilter,
+        *,
+        as_of: datetime,
+        leading: int = 0,
+    ) -> AsyncGenerator[Sequence[SliceRow]]:
+        """The usage of each group in each slice of a window, in batches; what is nothing is left out.
+
+        The ledger is read once and as of one moment, however many slices there are. `edges` are the
+        window's begin, the cuts between slices, and its end, in order; time from `as_of` on has not
+        happened yet. Rows are ordered by so many `leading` groups, by slice, and by the other groups.
+
+        Raises:
+            GroupUnknown: there is no such group, or it is one of time.
+            DatabaseUnavailable: the database is away.
+        """
+        if not set(_BUCKETS).isdisjoint(groups):
+            raise GroupUnknown("what is cut into slices is not grouped by time as well")
+        if edges[0] >= as_of:
+            return
+        happened = [*(edge for edge in edges if edge < as_of), min(edges[-1], as_of)]
+        window = sorted(set(happened))
+        async with db.transaction(self.pool) as connection:
+            query = await self._query(
+                connection, window, groups, where, is_sliced=True, leading=leading
+            )
+            await connection.execute(_IN_MEMORY)
+            cursor = await connection.cursor(query.text, *query.values)
+            while rows := await cursor.fetch(ROWS_A_BATCH, timeout=_READING_SECONDS):
+                yield query.slice_rows(rows)
+
+    async def _query(
+        self,
+        connection: db.Connection,
+        edges: Sequence[datetime],
+        groups: Sequence[Group],
+        where: UsageFilter,
+        *,
+        time_zone: str = "UTC",
+        is_sliced: bool = False,
+        leading: int = 0,
+        marker: str | None = None,
+        limit: int | None = None,
+    ) -> "_Query":
+        """What to ask for the usage of the window that `edges` begin and end, and cut if it is sliced."""
         measures = [
             item
             for item in self.mapping.measures
             if where.resource_type in (None, item.resource_type)
         ]
-        conditions = _Conditions(window.start, window.upper)
+        conditions = _Conditions(edges[0], edges[-1])
         kinds = group_kinds(groups)
         dimensions = [self._dimension(group, kinds) for group in groups]
         buckets = [group for group in groups if group in _BUCKETS]
         if len(buckets) > 1:
             raise GroupUnknown(f"one of {', '.join(_BUCKETS)} at a time")
-        keys = ", ".join(dimensions)
         conditions.add("project_id = ANY({})", _projects(where.scope, where.project_id))
+        if where.subjects is not None:
+            conditions.add(
+                "(project_id = ANY({}) OR project_id IN (SELECT g.project_id FROM project_group AS g"
+                " JOIN unnest({}::text[], {}::text[]) AS named (kind, name)"
+                " ON (g.kind, g.name) = (named.kind, named.name)))",
+                sorted(where.subjects.projects),
+                [kind for kind, _ in sorted(where.subjects.groups)],
+                [name for _, name in sorted(where.subjects.groups)],
+            )
         own_projects = conditions.also
         conditions.add("region = {}", where.region)
         conditions.add("resource_type = {}", where.resource_type)
         conditions.add("resource_id = {}", where.resource_id)
         clause = conditions.also
         bucket = buckets[0] if buckets else None
-        summed = await self._summed_days(window, groups, where, time_zone) if measures else None
+        of = parts(edges, None)
+        if measures and _is_summed(groups, where, time_zone):
+            of = parts(edges, await days_until(connection))
         after = _Conditions(*conditions.values)
         if marker is not None:
-            parts = _after(marker, len(groups))
-            places = ", ".join("{}" for _ in parts)
-            after.add(f"({keys}) > ({places})", *parts)
-        zone = after.value(time_zone) if buckets else ""
-        facts = partial(usage_sql.facts, clause, bucket, zone, groups=len(kinds))
+            values = _after(marker, len(groups))
+            places = ", ".join("{}" for _ in values)
+            after.add(f"({', '.join(dimensions)}) > ({places})", *values)
+        sources, tables = self._sources(
+            of,
+            after,
+            clause,
+            own_projects,
+            bucket=bucket,
+            kinds=kinds,
+            time_zone=time_zone,
+            edges=f"({after.value(list(edges))}::timestamptz[])" if is_sliced else None,
+        )
+        columns = [f"{name} AS group_{n}" for n, name in enumerate(dimensions)]
+        keys = list(dimensions)
+        sums: tuple[str | None, ...] = ()
+        if is_sliced:
+            by_attribute = usage_sql.sums(measures)
+            sums = tuple(by_attribute)
+            columns += ["slice", *usage_sql.KINDS, *by_attribute.values()]
+            keys = [*keys[:leading], "slice", *keys[leading:], *usage_sql.KINDS]
+        else:
+            columns += [f"{usage_sql.total(item)} AS m{n}" for n, item in enumerate(measures)]
+        counts_resources = not is_sliced and not of.days
+        if counts_resources:
+            columns.append("count(DISTINCT (region, resource_type, resource_id)) AS resources")
+        text = (
+            (f"WITH {', '.join(tables)} " if tables else "") + f"SELECT {', '.join(columns)}"  # noqa: S608  constants of this module, names of the mapping
+            f" FROM ({' UNION ALL '.join(sources)}) AS facts {after.clause}"
+            + (f" GROUP BY {', '.join(keys)} ORDER BY {', '.join(keys)}" if keys else "")
+            + (f" LIMIT {int(limit)}" if limit is not None else "")
+        )
+        return _Query(
+            text=text,
+            values=after.values,
+            groups=groups,
+            measures=measures,
+            counts_resources=counts_resources,
+            sums=sums,
+        )
+
+    def _sources(
+        self,
+        of: Parts,
+        conditions: "_Conditions",
+        clause: str,
+        own_projects: str,
+        *,
+        bucket: str | None,
+        kinds: Sequence[str],
+        time_zone: str,
+        edges: str | None,
+    ) -> tuple[list[str], list[str]]:
+        """What the usage of a window is summed up from, and the common tables that this needs."""
+        zone = ""
+        if bucket is not None and (
+            of.rest or kinds or not of.days
+        ):  # else no place would be for it
+            zone = conditions.value(time_zone)
+        facts = partial(usage_sql.facts, clause, bucket, zone, groups=len(kinds), edges=edges)
         tables = []
         if kinds:
-            tables.append(
-                usage_sql.memberships([after.value(kind) for kind in kinds], own_projects)
-            )
-        if summed is None:
-            sources = facts()
-        else:
-            first, last = after.value(summed[0]), after.value(summed[1])
-            since, until = after.value(midnight(summed[0])), after.value(midnight(summed[1]))
-            parts_of_window = [
-                facts(end=since),
-                usage_sql.days(clause, bucket, first=first, last=last, groups=len(kinds)),
-                facts(start=until),
-            ]
-            if kinds:
-                tables.append(usage_sql.split_days(first=first, last=last))
-                parts_of_window.append(facts(is_split=True))
-            sources = " UNION ALL ".join(parts_of_window)
-        columns = [f"{name} AS group_{n}" for n, name in enumerate(dimensions)]
-        columns += [f"{usage_sql.total(item)} AS m{n}" for n, item in enumerate(measures)]
-        if summed is None:
-            columns.append("count(DISTINCT (region, resource_type, resource_id)) AS resources")
-        statement = (
-            (f"WITH {', '.join(tables)} " if tables else "") + f"SELECT {', '.join(columns)}"  # noqa: S608  constants of this module, names of the mapping
-            f" FROM ({sources}) AS facts {after.clause}"
-            + (f" GROUP BY {keys} ORDER BY {keys} LIMIT {int(limit)}" if groups else "")
-        )
-        async with db.connection(self.pool) as connection:
-            try:
-                if buckets:  # whether the name is good must not depend on what there is to cut
-                    await connection.fetchval("SELECT now() AT TIME ZONE $1::text", time_zone)
-                rows = await connection.fetch(statement, *after.values)
-            except asyncpg.InvalidParameterValueError as exc:
-                raise GroupUnknown(f"there is no time zone {time_zone}") from exc
-        names = [[row[f"group_{n}"] for n in range(len(groups))] for row in rows]
-        found = [
-            UsageRow(
-                group={group: name or None for group, name in zip(groups, key, strict=True)},
-                amounts={
-                    item.name: int(row[f"m{n}"]) for n, item in enumerate(measures) if row[f"m{n}"]
-                },
-                resources=row["resources"] if summed is None else None,
-            )
-            for row, key in zip(rows, names, strict=True)
+            places = [conditions.value(kind) for kind in kinds]
+            tables.append(usage_sql.memberships(places, own_projects))
+        if not of.days:
+            return [facts()], tables
+        stretches = [(conditions.value(first), conditions.value(last)) for first, last in of.days]
+        sources = [
+            facts(start=conditions.value(start), end=conditions.value(end))
+            for start, end in of.rest
         ]
-        return found, _marker(names[-1]) if groups and len(rows) == limit else None
-
-    async def _summed_days(
-        self, window: Window, groups: Sequence[Group], where: UsageFilter, time_zone: str
-    ) -> tuple[date, date] | None:
-        """The whole days of the window whose sums answer the question; None where they cannot."""
-        columns = {group for group in groups if not group.startswith(GROUP_PREFIX)}
-        if not _SUMMED.issuperset(columns) or where.resource_id is not None:
-            return None
-        if time_zone != "UTC" and not {"day", "month"}.isdisjoint(groups):
-            return None
-        first = (window.start.astimezone(UTC) + _DAY - MICROSECOND).date()
-        last = window.upper.astimezone(UTC).date()
-        if first >= last:
-            return None
-        async with db.connection(self.pool) as connection:
-            until = await days_until(connection)
-        if until is None or first >= min(last, until):
-            return None
-        return first, min(last, until)
+        sources.append(usage_sql.days(clause, bucket, stretches, groups=len(kinds), edges=edges))
+        if kinds:
+            tables.append(usage_sql.split_days(stretches))
+            sources.append(facts(is_split=True))
+        return sources, tables
 
     def _dimension(self, group: Group, kinds: Sequence[str]) -> str:
         """The expression of a group; names come from this module or were checked with the mapping."""
@@ -348,6 +476,7 @@ class ReportStore:
         conditions.add("resource_id = {}", where.resource_id)
         conditions.add("source = {}", where.source)
         conditions.add("region = {}", where.region)
+        conditions.add("(event_type LIKE '%.exists') = {}", where.is_audit)
         if marker is not None:
             time, message_id, digest = _after(marker, 3)
             try:
@@ -450,6 +579,60 @@ def group_kinds(groups: Iterable[Group]) -> list[str]:
         if not re.fullmatch(KIND, kind):
             raise GroupUnknown(f"{kind[:60]!r} is no kind of groups of projects")
     return kinds
+
+
+def _is_summed(groups: Sequence[Group], where: UsageFilter, time_zone: str) -> bool:
+    """Whether sums of whole days can answer, where days are summed up."""
+    columns = {group for group in groups if not group.startswith(GROUP_PREFIX)}
+    if not _SUMMED.issuperset(columns) or where.resource_id is not None:
+        return False
+    return time_zone == "UTC" or {"day", "month"}.isdisjoint(groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Query:
+    """A statement about usage, and what its rows say."""
+
+    text: str
+    values: Sequence[object]
+    groups: Sequence[Group]
+    measures: Sequence[Measure]
+    counts_resources: bool
+    sums: Sequence[str | None]
+
+    def usage_row(self, row: asyncpg.Record) -> UsageRow:
+        """The usage of a group."""
+        return UsageRow(
+            group=self._group(row),
+            amounts=self._amounts(row),
+            resources=row["resources"] if self.counts_resources else None,
+        )
+
+    def slice_rows(self, rows: Iterable[asyncpg.Record]) -> list[SliceRow]:
+        """The usage of groups in slices."""
+        of_type: dict[str, list[Measure]] = defaultdict(list)
+        for item in self.measures:
+            of_type[item.resource_type].append(item)
+        first = len(self.groups)
+        found = []
+        for row in rows:
+            number, resource_type, counter, summed = row[first : first + 4]
+            sums = dict(zip(self.sums, row[first + 4 :], strict=True))
+            amounts = usage_sql.amounts(of_type[resource_type], counter, summed, sums)
+            if amounts:
+                found.append(SliceRow(slice=number - 1, group=self._group(row), amounts=amounts))
+        return found
+
+    def _group(self, row: asyncpg.Record) -> dict[Group, str | None]:
+        return {name: row[n] or None for n, name in enumerate(self.groups)}
+
+    def _amounts(self, row: asyncpg.Record) -> dict[str, int]:
+        first = len(self.groups)
+        return {
+            item.name: int(row[first + n])
+            for n, item in enumerate(self.measures)
+            if row[first + n]
+        }
 
 
 class _Conditions:

@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 from hostler_usage.auditing.audits import Code, audit_statement
 from hostler_usage.auditing.reconciliation import group_key
 from hostler_usage.auditing.repetition import Said, without_repetitions
+from hostler_usage.history.intervals import Anomaly
 from hostler_usage.history.ledger import Ledger, in_order
 from hostler_usage.history.rollup import midnight
 from hostler_usage.reading.mapping import Edge, Reading
@@ -117,6 +118,8 @@ def settle(said: Sequence[Said], ledger: Ledger) -> Settled | None:
     )
     if any(item.code is Code.RELAUNCH_REPAIRED for item in ledger.reconciliation.verdicts):
         return None  # what was said after it is compared with whichever statement repaired it
+    if Anomaly.COUNTS_OVERLAP in ledger.anomalies:
+        return None  # what does not count would no longer be known of
     if not is_old or any(_reaches_beyond(item, line) for item in before):
         return None
     spared = _spared(before, line)

@@ -2,6 +2,10 @@
 
 Names in it are constants of this module, or a mapping's, which were checked when it was read.
 
+A window may be cut into slices at any moments, its `edges`: an array of them, in order, from the
+window's begin to its end. Facts and days then say in `slice` which of the slices they are of,
+counted from one. So one reading answers for all slices.
+
 Who belonged to which group of projects, and when, is joined here and nowhere else: `memberships`
 are spans of a project's time in which its groups do not change, and `facts` and `days` with
 `groups` are cut where one ends and the next begins. What is of no such span, because its project
@@ -9,12 +13,14 @@ never was in a group of these kinds or is not known, is in no group.
 """
 
 # ruff: noqa: S608  see above
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Final
 
 from hostler_usage.reading.mapping import Measure
 
 _DAY: Final = "interval '24 hours'"  # of UTC; a day of the session's time zone may have 23 or 25
+_MOMENT: Final = "interval '1 microsecond'"
 
 
 def memberships(kinds: Sequence[str], clause: str) -> str:
@@ -39,17 +45,26 @@ def memberships(kinds: Sequence[str], clause: str) -> str:
     )
 
 
-def split_days(*, first: str, last: str) -> str:
+Sums = Mapping[str | None, Decimal | None]
+"""The values of `sums`."""
+
+Stretch = tuple[str, str]
+"""The places of the first day of some, and of the one behind the last."""
+
+
+def split_days(stretches: Sequence[Stretch]) -> str:
     """The common table `split_day`, over `membership`: days within which a project changes its groups.
 
     Their sums are of no group: `days` leaves them out, and `facts` among them puts them in.
     """
     day = "date_trunc('day', member_from, 'UTC')"
+    among = " OR ".join(
+        f"(member_from > {_midnight(first)} AND member_from < {_midnight(last)})"
+        for first, last in stretches
+    )
     return (
         f"split_day AS (SELECT DISTINCT member AS split_member, {day} AS split_from,"
-        f" {day} + {_DAY} AS split_until FROM membership"
-        f" WHERE member_from > {_midnight(first)} AND member_from < {_midnight(last)}"
-        f" AND {day} <> member_from)"
+        f" {day} + {_DAY} AS split_until FROM membership WHERE ({among}) AND {day} <> member_from)"
     )
 
 
@@ -81,8 +96,11 @@ def facts(
     end: str = "$2",
     groups: int = 0,
     is_split: bool = False,
+    edges: str | None = None,
 ) -> str:
     """What was held and what moved between two places, one row a piece; cut at buckets, if asked.
+
+    With `edges`, the place of the window's, it is cut into slices instead.
 
     A bucket lasts from the moment its first local time spells to the next one's. Where clocks are
     set back, a local time is spelled twice and means the later moment, so that a moment may belong
@@ -117,6 +135,19 @@ def facts(
             f"CASE WHEN {first} AT TIME ZONE {zone} <= at THEN {first} ELSE {first} - {step} END"
         )
         lower, upper = "since", "until"
+    elif edges is not None:
+        # the slices that it touches are looked up, not compared with one by one: there may be hundreds
+        touched = (
+            f"{edges}[width_bucket({lower}, {edges}):width_bucket({upper} - {_MOMENT}, {edges})]"
+        )
+        cut = (
+            f" CROSS JOIN LATERAL (SELECT width_bucket(edge, {edges}) AS slice,"
+            f" greatest({lower}, edge) AS since,"
+            f" least({upper}, {edges}[width_bucket(edge, {edges}) + 1]) AS until"
+            f" FROM unnest({touched}) AS edge) AS cut"
+        )
+        name, moved_in = ", slice", f", width_bucket(at, {edges})"
+        lower, upper = "since", "until"
     held = (
         "SELECT region, resource_type, resource_id, project_id, user_id, state_class, attributes,"
         f" NULL::text AS counter, ''::text AS label, 1000000 * (extract(epoch FROM {upper})"
@@ -124,7 +155,7 @@ def facts(
         f" FROM usage_interval{among}{split}{cut}"
         f" WHERE {start} < {end} AND starts_at < {end}"
         f" AND (ends_at IS NULL OR ends_at > {start}){clause}"
-        + (" AND since < until" if bucket else "")
+        + (" AND since < until" if cut else "")
     )
     # what a resource was when something moved is in the interval of that moment
     moved = (
@@ -138,10 +169,17 @@ def facts(
     return f"{held} UNION ALL {moved}"
 
 
-def days(clause: str, bucket: str | None, *, first: str, last: str, groups: int = 0) -> str:
-    """Sums of whole UTC days from one place up to another, in rows of the same shape as `facts`.
+def days(
+    clause: str,
+    bucket: str | None,
+    stretches: Sequence[Stretch],
+    *,
+    groups: int = 0,
+    edges: str | None = None,
+) -> str:
+    """Sums of whole UTC days of some stretches, in rows of the same shape as `facts`.
 
-    With `groups`, but for each `split_day` of a project.
+    With `groups`, but for each `split_day` of a project. With `edges` no day may be cut by one.
     """
     name = split = whole = ""
     if groups:
@@ -154,17 +192,58 @@ def days(clause: str, bucket: str | None, *, first: str, last: str, groups: int 
             f" AND split_from = {_midnight('day')})"
         )
     if bucket is not None:
-        name = f", to_char(date_trunc('{bucket}', day::timestamp), 'YYYY-MM-DD\"T\"HH24:MI:SS')"
+        name = (
+            f", to_char(date_trunc('{bucket}', day::timestamp), 'YYYY-MM-DD\"T\"HH24:MI:SS')"
+            " AS bucket"
+        )
+    elif edges is not None:
+        name = f", width_bucket({_midnight('day')}, {edges}) AS slice"
+    among = " OR ".join(f"(day >= {first} AND day < {last})" for first, last in stretches)
     return (
-        "SELECT region, resource_type, NULL, nullif(project_id, ''), NULL, NULL, NULL::jsonb, NULL,"
-        f" '', amount, measure{name}{group_columns(groups)} FROM usage_day{split}"
-        f" WHERE day >= {first} AND day < {last} AND amount <> 0{clause}{whole}"
+        "SELECT region, resource_type, NULL::text AS resource_id,"
+        " nullif(project_id, '') AS project_id, NULL::text AS user_id, NULL::text AS state_class,"
+        " NULL::jsonb AS attributes, NULL::text AS counter, ''::text AS label, amount AS quantity,"
+        f" measure AS summed{name}{group_columns(groups)} FROM usage_day{split}"
+        f" WHERE $1::timestamptz < $2::timestamptz AND ({among}) AND amount <> 0{clause}{whole}"
     )
 
 
 def _midnight(day: str) -> str:
     """When a UTC day begins."""
     return f"{day}::date::timestamp AT TIME ZONE 'UTC'"
+
+
+KINDS: Final = ("resource_type", "counter", "summed")
+"""What facts and days must be told apart by for `sums` to be of one kind."""
+
+
+def sums(measures: Sequence[Measure]) -> dict[str | None, str]:
+    """By attribute what facts or days of one kind sum up to; without one, the quantity alone.
+
+    Of these `amounts` makes what each measure amounts to. There are few attributes and many measures:
+    that is less to sum than a `total` for each.
+    """
+    found: dict[str | None, str] = {None: "sum(quantity)"}
+    for name in sorted({item.attribute for item in measures if item.attribute is not None}):
+        types = sorted({f"'{item.resource_type}'" for item in measures if item.attribute == name})
+        found[name] = (
+            f"sum(quantity * coalesce((attributes->>'{name}')::bigint, 0)) FILTER (WHERE"
+            f" resource_type IN ({', '.join(types)}) AND counter IS NULL AND summed IS NULL)"
+        )
+    return found
+
+
+def amounts(
+    measures: Sequence[Measure], counter: str | None, summed: str | None, sums: Sums
+) -> dict[str, int]:
+    """What measures of one type amount to over facts or days of one kind; what is nothing is left out."""
+    if summed is not None:
+        found = {item.name: sums[None] for item in measures if item.name == summed}
+    elif counter is not None:
+        found = {item.name: sums[None] for item in measures if item.counter == counter}
+    else:
+        found = {item.name: sums[item.attribute] for item in measures if item.is_held}
+    return {name: int(amount) for name, amount in found.items() if amount}
 
 
 def total(measure: Measure) -> str:

@@ -42,10 +42,6 @@ class Membership:
     start: datetime
     end: datetime | None
 
-    def holds(self, start: datetime, end: datetime) -> bool:
-        """Whether it belongs to it throughout `[start, end)`."""
-        return self.start <= start and (self.end is None or end <= self.end)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
@@ -55,27 +51,6 @@ class Subject:
     user: str | None = None
     group_kind: str | None = None
     group: str | None = None
-
-    def covers(
-        self,
-        project: str | None,
-        user: str | None,
-        start: datetime,
-        end: datetime,
-        memberships: Sequence[Membership],
-    ) -> bool:
-        """Whether what the project and user used in `[start, end)` counts.
-
-        `memberships` are the project's. No membership may begin or end within the time.
-        """
-        if self.user is not None:
-            return user == self.user
-        if self.group is not None:
-            return any(
-                (one.kind, one.group) == (self.group_kind, self.group) and one.holds(start, end)
-                for one in memberships
-            )
-        return project in self.projects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,39 +1,42 @@
 """What usage costs and how far budgets are used up: usage asked for by slices, prices put to it.
 
-Nothing is stored: the same window, books and usage give the same costs at any time. The slices of
-one question are read one after the other, so that a fold between two of them is seen by the later
-alone; `unfolded` says whether there is one to come.
+Nothing is stored: the same window, books and usage give the same costs at any time. However many
+slices a question has, the ledger is read once for it, as of one moment, and the pure rating cuts.
+By a book in which nothing accumulates each line has its price by itself, and lines are rated a batch
+at a time; else all that a question concerns are rated together.
 """
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
+from functools import cache
 from typing import Final
 
 from hostler_common import errors
 from hostler_usage.history.calendar_span import Span, ZoneUnknownError, begin, begins_within, zone
-from hostler_usage.history.measures import MICROSECONDS_PER_HOUR, Window
+from hostler_usage.history.measures import MICROSECONDS_PER_HOUR
 from hostler_usage.history.report_store import (
     GROUP_PREFIX,
     GroupUnknown,
     ReportStore,
     Scope,
+    Subjects,
     UsageFilter,
     group_kinds,
 )
 from hostler_usage.money import budget as budgets
-from hostler_usage.money.budget import Budget, Membership, Period, State
+from hostler_usage.money.budget import Budget, Period, State, Subject
 from hostler_usage.money.price_book import Metered, PriceBook, price_book
 from hostler_usage.money.price_store import PriceBookNotFound, PriceStore, StoredBook
 from hostler_usage.money.rating import Charge, Rated, Slice, UsageLine, money, rate, slices
 from hostler_usage.reading.times import MICROSECOND, PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
 
 MAX_SLICES: Final = 500
-_PAGE: Final = 5000
 _NAMES: Final = {"resource_type": "type"}
 """A dimension's name in the ledger's reports, where it is another."""
 _COLUMNS: Final = ("project", "user", "resource", "resource_type", "region", "state_class")
@@ -78,7 +81,6 @@ class Book:
 class Share:
     """What a group costs by one book: exact sums, and amounts that have no price."""
 
-    cost: Fraction = Fraction(0)
     list_cost: Fraction = Fraction(0)
     quantities: dict[tuple[str, str], Fraction] = field(
         default_factory=lambda: defaultdict(Fraction)
@@ -86,17 +88,20 @@ class Share:
     costs: dict[tuple[str, str], Fraction] = field(default_factory=lambda: defaultdict(Fraction))
     unpriced: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
+    @property
+    def cost(self) -> Fraction:
+        """What it costs by all prices together."""
+        return sum(self.costs.values(), Fraction(0))
+
     def charge(self, item: Charge) -> None:
         """The charge is in the sums."""
         key = (item.price, item.line.measure)
-        self.cost += item.cost
         self.list_cost += item.list_cost
         self.quantities[key] += item.quantity
         self.costs[key] += item.cost
 
     def add(self, other: "Share") -> None:
         """The other is in the sums."""
-        self.cost += other.cost
         self.list_cost += other.list_cost
         for key, quantity in other.quantities.items():
             self.quantities[key] += quantity
@@ -188,30 +193,31 @@ class Costing:
 
     async def lines(
         self,
-        spans: Iterable[Slice],
+        spans: Sequence[Slice],
         dimensions: Iterable[str],
         where: UsageFilter,
         as_of: datetime,
-    ) -> list[UsageLine]:
+        *,
+        are_together: bool,
+    ) -> AsyncGenerator[Sequence[UsageLine]]:
         """The usage in each span, told apart by the dimensions; what comes after `as_of` is none.
+
+        In batches, or all in one where they `are_together`. Spans leave no gap between them.
 
         Raises:
             GroupUnknown: usage cannot be told apart by one of the dimensions.
             DatabaseUnavailable: the database is away.
         """
-        found: list[UsageLine] = []
         names = {name: _NAMES.get(name, name) for name in sorted(dimensions)}
-        for span in spans:
-            if span.start >= as_of:
-                break
-            window = Window(start=span.start, end=span.end, as_of=as_of)
-            marker = None
-            while True:
-                rows, marker = await self.reports.usage(
-                    window, list(names.values()), where, limit=_PAGE, marker=marker
-                )
+        edges = [*(span.start for span in spans), spans[-1].end]
+        found: list[UsageLine] = []
+        async with aclosing(
+            self.reports.usage_by_slice(edges, list(names.values()), where, as_of=as_of)
+        ) as batches:
+            async for rows in batches:
                 for row in rows:
                     group = {name: row.group[known] for name, known in names.items()}
+                    span = spans[row.slice]
                     found += (
                         UsageLine(
                             group=group,
@@ -221,11 +227,12 @@ class Costing:
                             end=span.end,
                         )
                         for measure, amount in row.amounts.items()
-                        if amount
                     )
-                if marker is None:
-                    break
-        return found
+                if not are_together:
+                    yield found
+                    found = []
+        if found:
+            yield found
 
     # --- costs
 
@@ -246,7 +253,8 @@ class Costing:
         for book in books:
             dimensions |= book.dimensions(self.metered.measures)
         # where something accumulates, what a project used of anything may say what the rest costs
-        known = {} if any(book.periods for book in books) else question.only
+        accumulates = any(book.periods for book in books)
+        known = {} if accumulates else question.only
         where = UsageFilter(
             scope=question.scope,
             project_id=question.project_id,
@@ -254,17 +262,30 @@ class Costing:
             resource_type=known.get("resource_type"),
             resource_id=known.get("resource"),
         )
-        lines = await self.lines(spans, dimensions, where, question.as_of)
-        return await asyncio.to_thread(self._summed, question, books, grouping, lines)
+        rows: dict[Key, list[Share]] = defaultdict(lambda: [Share() for _ in books])
+
+        def add(lines: Sequence[UsageLine]) -> None:
+            self._add(rows, question, books, grouping, lines)
+
+        async with aclosing(
+            self.lines(spans, dimensions, where, question.as_of, are_together=accumulates)
+        ) as batches:
+            async for lines in batches:
+                # arithmetic with fractions takes processor time: others are served meanwhile
+                await asyncio.to_thread(add, lines)
+        totals = [Share() for _ in books]
+        for shares in rows.values():
+            for sum_of, share in zip(totals, shares, strict=True):
+                sum_of.add(share)
+        order = sorted(rows, key=lambda key: tuple(name or "" for name in key))
+        return Costs(rows={key: rows[key] for key in order}, totals=totals)
 
     async def _grouping(self, question: Question, books: Sequence[PriceBook]) -> _Grouping:
         kinds = group_kinds(question.group_by)
         edges: set[datetime] = set()
         if any(book.periods for book in books):
             # lines of a slice share what they accumulate: what a project used before it changed its group comes first
-            for kind in kinds:
-                for one in await self.prices.memberships(kind=kind, scope=question.scope):
-                    edges.update(edge for edge in (one.start, one.end) if edge is not None)
+            edges |= await self.prices.membership_edges(kinds, scope=question.scope)
         try:
             place = zone(question.time_zone)
         except ZoneUnknownError as exc:
@@ -281,26 +302,31 @@ class Costing:
                 listed = ", ".join(sorted({*known, *_BUCKETS, f"{GROUP_PREFIX}<kind>"}))
                 raise GroupUnknown(f"costs cannot be grouped by {name}: there are {listed}")
 
+        @cache
+        def bucket(name: str, start: datetime) -> str:
+            first = begin(start, _BUCKETS[name], place).astimezone(place)
+            return first.date().isoformat()
+
         def key(line: UsageLine) -> Key:
             found: list[str | None] = []
             for name in question.group_by:
                 if name in _BUCKETS:
-                    first = begin(line.start, _BUCKETS[name], place).astimezone(place)
-                    found.append(first.date().isoformat())
+                    found.append(bucket(name, line.start))
                 else:
                     found.append(line.group[name])
             return tuple(found)
 
         return _Grouping(edges=frozenset(edges), dimensions=frozenset(dimensions), key=key)
 
-    def _summed(
+    def _add(
         self,
+        rows: Mapping[Key, list[Share]],
         question: Question,
         books: Sequence[PriceBook],
         grouping: _Grouping,
         lines: Sequence[UsageLine],
-    ) -> Costs:
-        rows: dict[Key, list[Share]] = defaultdict(lambda: [Share() for _ in books])
+    ) -> None:
+        """What the lines cost is in the rows."""
         for number, book in enumerate(books):
             result = self._rate(book, lines, question.start)
             for charge in result.charges:
@@ -309,12 +335,6 @@ class Costing:
             for line in result.unpriced:
                 if _is_asked_for(line, question.only):
                     rows[grouping.key(line)][number].unpriced[line.measure] += line.amount
-        totals = [Share() for _ in books]
-        for shares in rows.values():
-            for sum_of, share in zip(totals, shares, strict=True):
-                sum_of.add(share)
-        order = sorted(rows, key=lambda key: tuple(name or "" for name in key))
-        return Costs(rows={key: rows[key] for key in order}, totals=totals)
 
     def _rate(self, book: PriceBook, lines: Iterable[UsageLine], counted_from: datetime) -> Rated:
         return rate(book, lines, measures=self.metered.measures, counted_from=counted_from)
@@ -358,45 +378,53 @@ class Costing:
         if as_of <= period.start:
             return [(Fraction(0), Fraction(0)) for _ in of]
         book = None if name is None else (await self.book(name, is_bound=False)).book
-        kinds = sorted({one.subject.group_kind for one in of if one.subject.group_kind})
-        memberships: dict[str, list[Membership]] = defaultdict(list)
-        for kind in kinds:
-            for member in await self.prices.memberships(kind=kind):
-                memberships[member.project].append(member)
+        accumulates = book is not None and bool(book.periods)
+        groups = frozenset(
+            (one.subject.group_kind, one.subject.group)
+            for one in of
+            if one.subject.group_kind is not None and one.subject.group is not None
+        )
+        kinds = sorted({kind for kind, _ in groups})
         lately = as_of - budgets.FORECAST_FROM
         start = min(period.start, lately) if as_of < period.end else period.start
         edges = {period.start, lately}
-        for found in memberships.values():
-            edges |= {edge for m in found for edge in (m.start, m.end) if edge is not None}
+        if accumulates:  # as in `_grouping`
+            edges |= await self.prices.membership_edges(kinds, scope=None)
         spans = _bounded(slices([] if book is None else [book], start, as_of, edges=edges))
-        dimensions = {"project"} | ({"user"} if any(one.subject.user for one in of) else set())
+        dimensions = {"project", *(f"{GROUP_PREFIX}{kind}" for kind in kinds)}
+        if any(one.subject.user is not None for one in of):
+            dimensions.add("user")
         if book is not None:
             dimensions |= book.dimensions(self.metered.measures)
-        scope = {project for one in of for project in one.subject.projects}
-        scope |= {
-            project
-            for one in of
-            for project, found in memberships.items()
-            if one.subject.group in {member.group for member in found}
-        }
         # what a user used may be any project's
         is_open = any(one.subject.user is not None for one in of)
-        where = UsageFilter(scope=None if is_open else frozenset(scope))
-        lines = await self.lines(spans, dimensions, where, as_of)
-        return await asyncio.to_thread(
-            self._split, book, lines, of, memberships, start, period.start, lately
+        projects = frozenset(project for one in of for project in one.subject.projects)
+        where = UsageFilter(
+            subjects=None if is_open else Subjects(projects=projects, groups=groups)
         )
+        consumed = [_Consumed() for _ in of]
+
+        def add(lines: Sequence[UsageLine]) -> None:
+            self._split(consumed, book, lines, of, start, period.start, lately)
+
+        async with aclosing(
+            self.lines(spans, dimensions, where, as_of, are_together=accumulates)
+        ) as batches:
+            async for lines in batches:
+                await asyncio.to_thread(add, lines)
+        return [(one.whole, one.recent) for one in consumed]
 
     def _split(
         self,
+        consumed: Sequence["_Consumed"],
         book: PriceBook | None,
         lines: Sequence[UsageLine],
         of: Sequence[Budget],
-        memberships: Mapping[str, Sequence[Membership]],
         start: datetime,
         period_start: datetime,
         lately: datetime,
-    ) -> list[tuple[Fraction, Fraction]]:
+    ) -> None:
+        """What the lines come to is in what each of the budgets, in order, has consumed."""
         measures = self.metered.measures
         used: list[tuple[UsageLine, Fraction]]
         if book is None:
@@ -408,33 +436,18 @@ class Costing:
             ]
         else:
             used = [(item.line, item.cost) for item in self._rate(book, lines, start).charges]
-        by_project: dict[str | None, list[tuple[UsageLine, Fraction]]] = defaultdict(list)
-        by_user: dict[str | None, list[tuple[UsageLine, Fraction]]] = defaultdict(list)
+        by_name: dict[tuple[str, str | None], list[tuple[UsageLine, Fraction]]]
+        by_name = {key: [] for one in of for key in _counted(one.subject)}
         for item in used:
-            by_project[item[0].group["project"]].append(item)
-            by_user[item[0].group.get("user")].append(item)
-        result = []
-        for one in of:
-            subject = one.subject
-            members = subject.projects if subject.group is None else memberships
-            whole = recent = Fraction(0)
-            for line, amount in (
-                by_user[subject.user]
-                if subject.user is not None
-                else (item for project in members for item in by_project.get(project, ()))
-            ):
-                project = line.group["project"]
-                if line.measure == (one.limit.measure or line.measure) and subject.covers(
-                    project,
-                    line.group.get("user"),
-                    line.start,
-                    line.end,
-                    memberships.get(project or "", ()),
-                ):
-                    whole += amount if line.start >= period_start else 0
-                    recent += amount if line.start >= lately else 0
-            result.append((whole, recent))
-        return result
+            for key in item[0].group.items():
+                if key in by_name:
+                    by_name[key].append(item)
+        for one, sum_of in zip(of, consumed, strict=True):
+            for key in _counted(one.subject):
+                for line, amount in by_name[key]:
+                    if line.measure == (one.limit.measure or line.measure):
+                        sum_of.whole += amount if line.start >= period_start else 0
+                        sum_of.recent += amount if line.start >= lately else 0
 
     async def asked(self, request: Request, of: Budget, now: datetime) -> Asked:
         """What the request would come to if it were used now, on top of what was used before.
@@ -451,9 +464,13 @@ class Costing:
         spans = slices([book], now, now + MICROSECOND)
         dimensions = book.dimensions(measures)
         where = UsageFilter(scope=frozenset({request.project}))
-        lines = (
-            await self.lines(spans, dimensions | {"project"}, where, now) if book.periods else []
-        )
+        lines: list[UsageLine] = []
+        if book.periods:
+            async with aclosing(
+                self.lines(spans, dimensions | {"project"}, where, now, are_together=True)
+            ) as batches:
+                async for found in batches:
+                    lines += found
         group: dict[str, str | None] = {name: request.attributes.get(name) for name in dimensions}
         group |= {"project": request.project, "user": request.user, "resource": None}
         lines += [
@@ -500,6 +517,23 @@ def shown(amount: Fraction, of: Budget, unit: str) -> str:
     if of.limit.price_book is None:
         return decimals(amount)
     return format(money(amount, unit), "f")
+
+
+@dataclass(slots=True)
+class _Consumed:
+    """What is consumed of a budget in its period, and what of that (or before it) lately."""
+
+    whole: Fraction = Fraction(0)
+    recent: Fraction = Fraction(0)
+
+
+def _counted(subject: Subject) -> list[tuple[str, str]]:
+    """The dimensions, and their values, whose usage counts; no usage has two of them."""
+    if subject.user is not None:
+        return [("user", subject.user)]
+    if subject.group is not None:
+        return [(f"{GROUP_PREFIX}{subject.group_kind}", subject.group)]
+    return [("project", project) for project in subject.projects]
 
 
 def _bounded(spans: list[Slice]) -> list[Slice]:

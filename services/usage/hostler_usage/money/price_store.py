@@ -442,6 +442,25 @@ class PriceStore:
             for row in rows
         ]
 
+    async def membership_edges(self, kinds: Sequence[str], *, scope: Scope) -> set[datetime]:
+        """The moments at which a project of the scope changes its group of one of the kinds.
+
+        Raises:
+            DatabaseUnavailable: the database is away.
+        """
+        if not kinds:
+            return set()
+        async with db.connection(self.pool) as connection:
+            rows = await connection.fetch(
+                "SELECT DISTINCT edge FROM project_group,"
+                " unnest(ARRAY[valid_from, valid_until]) AS edge"
+                " WHERE kind = ANY ($2) AND edge IS NOT NULL"
+                " AND ($1::text[] IS NULL OR project_id = ANY ($1))",
+                _listed(scope),
+                list(kinds),
+            )
+        return {row["edge"] for row in rows}
+
 
 def _listed(scope: Scope) -> list[str] | None:
     return None if scope is None else sorted(scope)

@@ -154,7 +154,7 @@ def costs_command(
         [*(row["group"][name] or "unknown" for name in answer["group_by"]), *_costs(row, compare)]
         for row in answer["costs"]
     ]
-    blank = [""] * len(answer["group_by"])
+    blank = ["all", *[""] * len(answer["group_by"])][: len(answer["group_by"])]
     _table(
         [*answer["group_by"], f"{book} {currency}", *beside, "unpriced"],
         [*rows, [*blank, *_costs(answer["total"], compare)]],
@@ -303,7 +303,8 @@ def put_groups_command(
     answer = _with_api(url, lambda api: api.put(f"/v1/project-groups/{kind}/{project}", body))
     if as_json:
         return _json(answer["project_groups"])
-    return typer.echo(f"{project} has {len(answer['project_groups'])} memberships of kind {kind}")
+    count = len(answer["project_groups"])
+    return typer.echo(f"{project} has {count} membership{'s' * (count != 1)} of kind {kind}")
 
 
 def _membership(text: str) -> dict[str, str]:

@@ -136,14 +136,13 @@ def blockers(
         )
     if unsettled.is_rebuilding:
         found.append(_blocker(Obstacle.REBUILDING, "everything is being made anew"))
-    if unsettled.audit_periods or unsettled.audited_resources:
-        found.append(
-            _blocker(
-                Obstacle.AUDITS_UNSETTLED,
-                f"{unsettled.audit_periods} audit periods and {unsettled.audited_resources}"
-                " resources in it are not checked yet",
-            )
-        )
+    counts = {
+        "audit periods": unsettled.audit_periods,
+        "resources": unsettled.audited_resources,
+    }
+    unchecked = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+    if unchecked:
+        found.append(_blocker(Obstacle.AUDITS_UNSETTLED, f"not checked yet in it: {unchecked}"))
     return found
 
 

@@ -7,6 +7,7 @@ order, time and precedence is in `observe`; nothing here knows an event type by 
 
 from collections.abc import Mapping as Table
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import StrEnum
 from functools import cached_property
 from typing import Final
@@ -160,18 +161,24 @@ Source = Path | First | LastSegment | Sum | Count | Join | Present | Item | Cons
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribute:
-    """A property of resources of one type. `nullable`: that it is nothing can be said."""
+    """A property of resources of one type.
+
+    `nullable`: that it is nothing can be said. `told_by` are the only actions that change it; none
+    where any may. Then another event's body that shows it changed proves that one of theirs was lost.
+    """
 
     kind: Kind = Kind.TEXT
     holds: Holds = Holds.SEGMENT
     nullable: bool = False
+    told_by: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counter:
     """Where a body keeps a growing number; `each`: one for every row of a list or value of an object.
 
-    `run`: what tells one run of a cumulative counter from the next, which begins at nothing again.
+    `run`: what tells one run of a cumulative counter from the next, which begins at nothing again;
+    of a difference, who measured it.
     """
 
     name: str
@@ -214,6 +221,24 @@ class Body:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """How audits of one type are compared with histories.
+
+    `compares` are the attributes, beside the moments of birth and end. `is_per_host`: each host is
+    audited by itself. `passing` are states too short-lived for events to tell of them. `ending` are
+    states that name a moment of their end before it has come. `every` is how often an audit runs
+    that names no period: what it says is of the hour, or the day of UTC, it was sent in. None where
+    audits name their periods.
+    """
+
+    compares: tuple[str, ...] = ("project", "state")
+    is_per_host: bool = False
+    passing: frozenset[str] = frozenset()
+    ending: frozenset[str] = frozenset()
+    every: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resource:
     """A type of resources: what they are and how their lives are told."""
 
@@ -225,6 +250,7 @@ class Resource:
     unborn: frozenset[str]
     gone: frozenset[str]
     between_segments: frozenset[str]
+    audit: Audit
     edges: Table[str, Edge]
     bodies: Table[str, Body]
     failures: Table[str, str]

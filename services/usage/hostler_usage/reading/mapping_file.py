@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping as Table
+from datetime import timedelta
 from functools import cache
 from importlib import resources
 from pathlib import Path as FilePath
@@ -25,6 +26,7 @@ from hostler_usage.reading.mapping import Edge, Holds, Kind, Life, Mapping, Read
 _ALWAYS_TEXT = frozenset(
     {"project", "user", "state"}
 )  # they have columns or meanings of their own
+_EVERY = {"hour": timedelta(hours=1), "day": timedelta(days=1)}
 _NAME = r"^[a-z][a-z0-9_]{0,62}$"
 Name = Annotated[str, Field(pattern=_NAME)]
 EventName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:*-]{1,255}$")]
@@ -106,6 +108,7 @@ class _Attribute(_Model):
     kind: Kind = Kind.TEXT
     holds: Holds = Holds.SEGMENT
     nullable: bool = False
+    told_by: list[EventName] = []
 
 
 class _Counter(_Model):
@@ -151,6 +154,14 @@ class _Failures(_Model):
     actions: dict[EventName, EventName]
 
 
+class _Audit(_Model):
+    compares: list[Name] = list(mapping.Audit().compares)
+    per_host: bool = False
+    passing: list[str] = []
+    ending: list[str] = []
+    every: Literal["hour", "day"] | None = None
+
+
 class _Resource(_Model):
     life: Life = Life.PLAIN
     attributes: dict[Name, _Attribute]
@@ -159,6 +170,7 @@ class _Resource(_Model):
     unborn: list[str] = []
     gone: list[str] = []
     between_segments: list[str] = []
+    audit: _Audit = _Audit()
     edges: dict[Edge, list[str]]
     bodies: dict[Name, _Body]
     failures: _Failures | None = None
@@ -371,7 +383,12 @@ def _resource(name: str, given: _Resource) -> mapping.Resource:
         name=name,
         life=given.life,
         attributes={
-            key: mapping.Attribute(kind=item.kind, holds=item.holds, nullable=item.nullable)
+            key: mapping.Attribute(
+                kind=item.kind,
+                holds=item.holds,
+                nullable=item.nullable,
+                told_by=frozenset(item.told_by),
+            )
             for key, item in given.attributes.items()
         },
         state_classes={state: name for name, states in given.states.items() for state in states},
@@ -379,6 +396,13 @@ def _resource(name: str, given: _Resource) -> mapping.Resource:
         unborn=frozenset(given.unborn),
         gone=frozenset(given.gone),
         between_segments=frozenset(given.between_segments),
+        audit=mapping.Audit(
+            compares=tuple(given.audit.compares),
+            is_per_host=given.audit.per_host,
+            passing=frozenset(given.audit.passing),
+            ending=frozenset(given.audit.ending),
+            every=None if given.audit.every is None else _EVERY[given.audit.every],
+        ),
         edges={action: edge for edge, actions in given.edges.items() for action in actions},
         bodies=bodies,
         failures={} if failures is None else failures.actions,
@@ -414,6 +438,12 @@ def _contradictions(made: Mapping) -> list[str]:
             f"resources.{name}.attributes.{item}: {item} is text"
             for item in sorted(_ALWAYS_TEXT & resource.attributes.keys())
             if resource.attributes[item].kind is not Kind.TEXT
+        ]
+        found += [
+            f"resources.{name}.audit.compares: {name} has no such attribute: {item}"
+            for item in resource.audit.compares
+            # what is compared of every type is passed over where a type has none
+            if item not in resource.attributes and item not in mapping.Audit().compares
         ]
         for key, body in resource.bodies.items():
             place = f"resources.{name}.bodies.{key}"

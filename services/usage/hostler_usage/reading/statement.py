@@ -40,7 +40,10 @@ class Evidence(NamedTuple):
 
 
 class CounterReading(NamedTuple):
-    """A number under a counter. `run` tells one run of it from the next, which begins at nothing."""
+    """A number under a counter. `run` tells one run of it from the next, which begins at nothing.
+
+    Of a difference, `run` is who measured it.
+    """
 
     name: str
     reading: Reading

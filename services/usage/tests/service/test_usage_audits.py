@@ -27,6 +27,7 @@ from hostler_usage.history.intervals import Interval, Provenance
 from hostler_usage.metrics import Metrics
 from hostler_usage.profiling import operations_api
 from hostler_usage.profiling.operation_store import OperationStore
+from hostler_usage.reading.mapping_file import packaged
 from hostler_usage.reading.statement import Evidence, ResourceKey, ResourceType, Scalar
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
@@ -94,7 +95,7 @@ class Instance:
 
     def reconciled(self) -> Any:
         return reconcile(
-            str(self.key.resource_type),
+            packaged().resources[str(self.key.resource_type)],
             self.intervals,
             self.audits,
             launches=[Told(at=self.born, evidence=witness("create"))],
@@ -132,7 +133,7 @@ async def check(pool: db.Pool, hours: float) -> None:
 
 def jobs_of(pool: db.Pool, registry: CollectorRegistry | None = None) -> AuditJobs:
     return AuditJobs(
-        store=AuditCheckStore(pool=pool),
+        store=AuditCheckStore(pool=pool, mapping=packaged()),
         reports=AuditReportStore(pool=pool),
         metrics=Metrics(registry or CollectorRegistry()),
     )
@@ -186,6 +187,40 @@ async def test_a_period_without_a_statement_is_missing_once_it_has_settled(pool:
     assert await troubles(pool) == []
     await check(pool, 2.5)
     assert await troubles(pool) == [("i2", "missing", "no_statement", 1, 1)]
+
+
+@pytest.mark.parametrize("every", [HOUR, 24 * HOUR])
+async def test_audits_that_name_no_period_and_run_daily_bear_out_the_days_they_are_said_to(
+    pool: db.Pool, every: timedelta
+) -> None:
+    """Taken for hourly ones, the hours between them are named as not audited, once for all."""
+    addresses = [Instance(name, resource_type="floating_ip", host=None) for name in ("f1", "f2")]
+    for number, item in enumerate(addresses):
+        for day in range(3):
+            said_at = DAY + day * 24 * HOUR + 3 * HOUR + number * MINUTE
+            item.audits.append(
+                AuditStatement(
+                    evidence=witness(f"{item.key.resource_id}-{day}", said_at),
+                    said_at=said_at,
+                    born_at=DAY,
+                    fields=item.held,
+                    every=every,
+                )
+            )
+    await fold(pool, *addresses)
+    await check(pool, 72.5)
+    found = await verdicts(pool)
+    if every == HOUR:
+        assert {row for row in found if row[1] != "verified"} == {
+            ("", "uncovered", "not_audited", hour, 1)
+            for hour in range(4, 72)
+            if hour not in (27, 51)
+        }
+        assert len([row for row in found if row[1] == "verified"]) == 2 * 3
+    else:
+        assert sorted(found) == [
+            (name, "verified", "agreed", 24 * day, 1) for name in ("f1", "f2") for day in range(3)
+        ]
 
 
 async def test_a_statement_that_comes_late_takes_the_missing_back(pool: db.Pool) -> None:

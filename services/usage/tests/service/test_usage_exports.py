@@ -30,6 +30,7 @@ from hostler_usage.exporting import export_store, focus
 from hostler_usage.exporting.export_store import ExportStore
 from hostler_usage.exporting.exports import MOST_AT_ONCE, focus_charges
 from hostler_usage.exporting.focus_pricing import Pricing
+from hostler_usage.history import report_store
 from hostler_usage.history.measures import Window
 from hostler_usage.history.report_store import ReportStore, UsageFilter
 from hostler_usage.money.price_book import price_book
@@ -193,7 +194,7 @@ async def test_pages_and_batches_make_no_difference(
         paths = ("/v1/exports/usage.csv", "/v1/exports/intervals.csv")
         asked = {**WINDOW, "group_by": "resource,flavor"}
         whole = [await service.api.get(path, **asked) for path in paths]
-        monkeypatch.setattr(export_store, "GROUPS_A_PAGE", 2)
+        monkeypatch.setattr(report_store, "ROWS_A_BATCH", 2)
         monkeypatch.setattr(export_store, "ROWS_A_BATCH", 1)
         assert [await service.api.get(path, **asked) for path in paths] == whole
 
@@ -354,7 +355,7 @@ async def test_an_export_is_of_one_moment(loaded: Loaded, database_url: str) -> 
 async def test_pages_of_usage_are_of_one_moment(
     loaded: Loaded, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_store, "GROUPS_A_PAGE", 1)
+    monkeypatch.setattr(report_store, "ROWS_A_BATCH", 1)
     async with loaded(), db.open_pool(database_url, schema="usage", max_size=2) as pool:
         store = ExportStore(reports=ReportStore(pool=pool, mapping=mapping_file.packaged()))
         asked = Window(start=DAY, end=DAY + 48 * HOUR, as_of=datetime.now(UTC))
@@ -521,7 +522,7 @@ async def test_the_command_line_writes_a_whole_file_or_none(
             run, "usage", "-o", str(file), *window, "--group-by", "project"
         )
         assert done.exit_code == 0, done.output
-        assert "MB written" in done.stderr
+        assert "bytes written" in done.stderr
         assert done.stdout == ""
         assert pyarrow.parquet.read_table(file).num_rows > 4
         for what in ("usage", "intervals", "focus"):

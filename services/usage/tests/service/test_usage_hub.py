@@ -24,6 +24,7 @@ from hostler_usage.feeds.atom_testing import read
 from hostler_usage.feeds.callbacks import CallFailedError, open_callbacks
 from hostler_usage.feeds.feeds_testing import (
     LOOPBACK,
+    TOKENS,
     Feeds,
     Subscriber,
     instance_event,
@@ -263,6 +264,65 @@ async def test_a_lease_is_what_was_asked_for_within_bounds(
             found["verified_at"]
         )
         assert lasts == timedelta(seconds=granted)
+
+
+def rewrite(feeds: Feeds, **lines: str | None) -> None:
+    """The tokens' lines are these; None: the token is gone."""
+    kept = [
+        f"{line}:{hashlib.sha256(token.encode()).hexdigest()}\n"
+        for token, line in {**TOKENS, **lines}.items()
+        if line is not None
+    ]
+    feeds.tokens.write_text("".join(kept))
+
+
+async def test_a_subscriber_whose_token_is_revoked_is_told_nothing_more_but_why(
+    feeds: Feeds, subscriber: Subscriber
+) -> None:
+    await subscribe(feeds, subscriber, token="one")
+    await store(feeds, 1)
+    await feeds.jobs.deliver()
+    assert subscriber.ids == urns(1)
+    rewrite(feeds, one=None)
+    await store(feeds, 2)
+    await feeds.jobs.deliver()
+    assert await subscriptions(feeds) == []
+    await feeds.jobs.verify()
+    assert subscriber.ids == urns(1)
+    (denial,) = subscriber.denials
+    assert denial["hub.reason"] == "whoever subscribed may see nothing of it any more"
+    assert feeds.outcomes[-2:] == ["ended", "denied"]
+
+
+async def test_a_subscriber_is_told_what_its_token_may_see_then_and_now(
+    feeds: Feeds, subscriber: Subscriber
+) -> None:
+    await subscribe(feeds, subscriber, token="both")
+    await store(feeds, 1, project="p1")
+    await store(feeds, 2, project="p2")
+    await feeds.jobs.deliver()
+    rewrite(feeds, both="both:reader:p2,p3")
+    await store(feeds, 3, project="p1")
+    await store(feeds, 4, project="p2")
+    await store(feeds, 5, project="p3")
+    await due_now(feeds)
+    await feeds.jobs.deliver()
+    assert subscriber.ids == urns(1, 2, 4)
+    rewrite(feeds, both="both:agent:*")  # an agent reads nothing
+    await store(feeds, 6, project="p2")
+    await due_now(feeds)
+    await feeds.jobs.deliver()
+    assert (subscriber.ids, await subscriptions(feeds)) == (urns(1, 2, 4), [])
+
+
+async def test_a_project_that_is_taken_away_ends_its_feeds_subscription(
+    feeds: Feeds, subscriber: Subscriber
+) -> None:
+    await subscribe(feeds, subscriber, "/feeds/projects/p1.atom", token="both")
+    rewrite(feeds, both="both:reader:p2")
+    await store(feeds, 1, project="p1")
+    await feeds.jobs.deliver()
+    assert (subscriber.deliveries, await subscriptions(feeds)) == ([], [])
 
 
 async def test_a_lease_that_has_ended_ends_the_subscription(

@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from hostler_common import auth, client
 from hostler_common.testing import RunningService, eventually
+from hostler_usage import pages
 from hostler_usage.testing import LARGE, LEGACY, SMALL, InstanceLife, Message, Step
 
 HOUR = timedelta(hours=1)
@@ -392,3 +393,18 @@ async def test_an_empty_service_says_what_to_do(run_usage: RunUsage) -> None:
             "/quarantine": "Nothing is in quarantine",
         }.items():
             assert words in await service.api.get(path), path
+
+
+async def test_what_happened_is_drawn_however_many_audits_came_since(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "EVENTS_SHOWN", 4)
+    found = (await site.api.get("/v1/events", resource_id=ALICES.instance_id, limit=1000))[
+        "events"
+    ]
+    told = [one for one in found if not one["event_type"].endswith(".exists")]
+    text = await site.page(f"/resources/instance/{ALICES.instance_id}")
+    drawn = text[: text.index("<h2>Intervals")]
+    newest = {one["id"] for one in found[:4]} | {one["id"] for one in told[:4]}
+    assert {one["id"] for one in found if f"/events/{one['id']}" in drawn} == newest
+    assert len(newest) > 4

@@ -431,7 +431,7 @@ async def test_a_mapping_other_than_the_one_in_use_is_told_until_everything_is_m
 
 
 PROGRAM = (
-    "import typer; from hostler_usage import rebuild_cli; app = typer.Typer();"
+    "import typer; from hostler_usage.history import rebuild_cli; app = typer.Typer();"
     " rebuild_cli.register(app); app()"
 )
 

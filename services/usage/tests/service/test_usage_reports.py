@@ -2,7 +2,10 @@
 
 import asyncio
 import hashlib
+import html
 import json
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -16,7 +19,7 @@ from typer.testing import CliRunner
 from hostler_common import client, errors
 from hostler_common.testing import RunningService
 from hostler_usage.__main__ import main
-from hostler_usage.exporting import reports_api
+from hostler_usage.exporting import idle_findings
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step, VolumeLife, VolumeStep
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -195,8 +198,8 @@ async def test_thresholds_and_reasons_are_parameters(reported: Reported) -> None
 async def test_pages_of_findings_hold_each_once(
     reported: Reported, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(reports_api, "_EXAMINED_AT_ONCE", at_once)
-    monkeypatch.setattr(reports_api, "MOST_EXAMINED", 4)
+    monkeypatch.setattr(idle_findings, "_EXAMINED_AT_ONCE", at_once)
+    monkeypatch.setattr(idle_findings, "MOST_EXAMINED", 4)
     async with reported() as service:
         seen: list[str] = []
         marker, pages = None, 0
@@ -328,6 +331,61 @@ async def test_the_command_line_lists_what_is_idle(reported: Reported) -> None:
 
         shown = await asyncio.to_thread(run)
         assert "a-stopped" in shown
-        assert "6 of 13; of 1 it cannot be told" in shown
+        assert "6 of the 13 resources that were looked at; of 1 it cannot be told" in shown
         answer = json.loads(await asyncio.to_thread(run, "--json", "--reason", "orphaned"))
         assert [one["resource_id"] for one in answer["findings"]] == ["i-orphan"]
+
+
+async def page(service: RunningService, path: str, token: str | None = None) -> tuple[int, str]:
+    """The status and the text of a page, as a browser asks for it."""
+
+    def read() -> tuple[int, str]:
+        headers = {
+            "Accept": "text/html",
+            **({"Cookie": f"hostler_token={token}"} if token else {}),
+        }
+        request = urllib.request.Request(f"{service.url}{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as refused:
+            with refused:
+                return refused.code, refused.read().decode()
+
+    return await asyncio.to_thread(read)
+
+
+async def test_the_page_of_idle_resources_says_what_the_report_says(reported: Reported) -> None:
+    async with reported() as service:
+        _, without = await page(service, "/idle")
+        book = {
+            "currency": "EUR",
+            "prices": [{"name": "h", "measure": "instance_hours", "price": 1}],
+        }
+        await service.api.put("/v1/price-books/default", book)
+        status, text = await page(service, "/idle")
+        for one in await findings(service, price_book="default"):
+            assert f'/resources/{one["resource_type"]}/{one["resource_id"]}"' in text
+            assert "; ".join(one["evidence"]) in html.unescape(text)
+            assert str(one["cost_per_month"] or "-") in text
+        assert status == 200
+        assert ("EUR a month" in without, "EUR a month" in text) == (False, True)
+        assert 'href="/idle" aria-current="page"' in text
+        _, stopped = await page(service, "/idle?reason=stopped&project_id=")
+        assert ("a-stopped" in stopped, "g-loose" in stopped) == (True, False)
+        assert (await page(service, "/idle?price_book=nobody"))[0] == 404
+        assert (await page(service, "/idle?reason=boredom"))[0] == 422
+        _, nothing = await page(service, "/idle?project_id=nobody")
+        assert "Nothing of that kind" in nothing
+
+
+async def test_the_page_of_idle_resources_shows_a_projects_own_alone(
+    reported: Reported, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"bob:reader:p2:{hashlib.sha256(b'bob').hexdigest()}")
+    async with reported(auth_mode="token", auth_tokens_file=tokens) as service:
+        _, text = await page(service, "/idle", token="bob")
+        assert ("g-loose" in text, "a-stopped" in text) == (True, False)
+        _, text = await page(service, "/idle?project_id=p1", token="bob")
+        assert "a-stopped" not in text

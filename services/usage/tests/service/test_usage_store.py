@@ -13,6 +13,7 @@ from itertools import pairwise
 import pytest
 
 from hostler_common import db, testing
+from hostler_usage.history import fold_store
 from hostler_usage.history.fold_store import FoldStore
 from hostler_usage.history.measures import Window
 from hostler_usage.history.report_store import ReportStore, UsageFilter
@@ -207,6 +208,7 @@ async def test_a_fold_beside_ingest_forgets_no_message(
 
     async def fold() -> None:
         while not done.is_set():
+            await folds.gather(3)
             await folds.fold_some(3)
 
     async with asyncio.TaskGroup() as folders:
@@ -284,6 +286,28 @@ async def test_a_fold_that_finds_nothing_new_writes_nothing(
     assert await folds.fold_some() == 13
     after = [await fetch(pool, f"SELECT ctid, * FROM {table} ORDER BY ctid") for table in MADE]
     assert after == before
+
+
+async def test_long_histories_are_read_some_after_the_others_and_all_of_each(
+    store: Store, pool: db.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more is held than the bound and one history; whoever says nothing has an empty one."""
+    await store.ingest(EVENTS)
+    spoken = sorted({said.resource for event in EVENTS for said in event.normalised.said})
+    keys = [spoken[0]._replace(resource_id="0"), *spoken, spoken[0]._replace(resource_id="silent")]
+    async with db.transaction(pool) as connection:
+        (whole,) = [found async for found in fold_store._load(connection, keys, {})]
+        assert list(whole) == [*spoken, keys[0], keys[-1]]
+        longest = max(map(len, whole.values()))
+        monkeypatch.setattr(fold_store, "_STATEMENTS", 3 * longest)
+        monkeypatch.setattr(fold_store, "_FETCHED", 7)
+        portions = [found async for found in fold_store._load(connection, keys, {})]
+    assert len(portions) == len(spoken) / 3
+    assert max(sum(map(len, found.values())) for found in portions) <= 3 * longest
+    together = {key: said for found in portions for key, said in found.items()}
+    assert {key: sorted(map(repr, said)) for key, said in together.items()} == {
+        key: sorted(map(repr, said)) for key, said in whole.items()
+    }
 
 
 async def test_late_messages_remake_the_history(

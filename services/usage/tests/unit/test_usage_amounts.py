@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hostler_usage.history.amounts import Amount, amounts
@@ -45,7 +45,7 @@ def said(
 
 
 def found(items: Sequence[Said], *, born: bool = False) -> tuple[Amount, ...]:
-    return amounts(items, (), is_born_of_event=born)
+    return amounts(items, (), is_born_of_event=born).amounts
 
 
 def moved(items: Sequence[Said], *, born: bool = False) -> list[tuple[datetime, int]]:
@@ -174,6 +174,91 @@ def test_of_every_period_the_highest_reading_counts_once(shown: list[tuple[int, 
     assert total(items) == max(value for _, value in shown)
 
 
+@st.composite
+def nested(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]]]:
+    """What truly moved in each of some hours, and periods of whole hours that are told of, each whole."""
+    truth = draw(st.lists(st.integers(0, 99), min_size=1, max_size=12))
+    edges = st.integers(0, len(truth))
+    periods = draw(st.lists(st.tuples(edges, edges), max_size=10))
+    return truth, [(start, end) for start, end in periods if start < end]
+
+
+@given(nested(), st.data())
+@example(([1, 0, 0, 1], [(0, 1), (0, 2), (1, 4)]), None)
+def test_of_periods_that_overlap_no_byte_counts_twice_and_the_most_that_is_certain_counts(
+    told: tuple[list[int], list[tuple[int, int]]], data: st.DataObject | None
+) -> None:
+    truth, periods = told
+    items = [
+        said(
+            Reading.PERIOD,
+            sum(truth[start:end]),
+            DAY + end * HOUR + MINUTE,
+            period=(DAY + start * HOUR, DAY + end * HOUR),
+            message=f"{start}-{end}/{n}",
+        )
+        for n, (start, end) in enumerate(periods)
+    ]
+    if data is not None:
+        items = data.draw(st.permutations(items + items[:3]))
+    counted = amounts(items, (), is_born_of_event=False)
+    total_counted = sum(item.amount for item in counted.amounts)
+    assert total_counted <= sum(truth)
+    # any two that do not overlap are certain; each is at least as much as itself
+    for start, end in periods:
+        apart = [(one, other) for one, other in periods if other <= start or one >= end]
+        most_beside = max((sum(truth[one:other]) for one, other in apart), default=0)
+        assert total_counted >= sum(truth[start:end]) + most_beside
+    starts = {start: max(end for one, end in periods if one == start) for start, _ in periods}
+    assert counted.is_overlapping == any(
+        start < other < end for start, end in starts.items() for other in starts
+    )
+
+
+@given(nested())
+def test_hours_and_the_day_they_make_count_once_whichever_of_them_are_lost(
+    told: tuple[list[int], list[tuple[int, int]]],
+) -> None:
+    truth, periods = told
+    day = [(0, len(truth)), *((start, start + 1) for start, _ in periods)]
+    items = [
+        said(
+            Reading.PERIOD,
+            sum(truth[start:end]),
+            DAY + end * HOUR,
+            period=(DAY + start * HOUR, DAY + end * HOUR),
+        )
+        for start, end in day
+    ]
+    assert total(items) == sum(truth)
+
+
+@given(
+    st.lists(
+        st.tuples(MOMENTS, st.sampled_from(["net1", "net2"]), st.integers(1, 99)),
+        max_size=20,
+        unique_by=lambda item: item[:2],
+    ),
+    st.data(),
+)
+def test_what_one_agent_measured_until_one_moment_counts_once_however_often_it_is_told(
+    shown: list[tuple[datetime, str, int]], data: st.DataObject
+) -> None:
+    """l3.meter: an agent sets its counter to nothing when it tells of it; another one has its own."""
+    items = [
+        said(Reading.DELTA, value, at, run=host, message=f"{host}/{at}/{copy}", body_at=at)
+        for at, host, value in shown
+        for copy in range(data.draw(st.integers(1, 3)))
+    ]
+    counted = amounts(data.draw(st.permutations(items)), (), is_born_of_event=False)
+    assert sum(item.amount for item in counted.amounts) == sum(value for *_, value in shown)
+    assert not counted.is_overlapping
+    for at, host, value in shown[:1]:
+        other = said(Reading.DELTA, value - 1, at, run=host, message="other", body_at=at)
+        again = amounts([other, *items], (), is_born_of_event=False)
+        assert (again.amounts, again.is_overlapping) == (counted.amounts, True)
+
+
 @given(st.lists(st.tuples(MOMENTS, st.integers(0, 99)), max_size=20))
 def test_every_difference_counts(shown: list[tuple[datetime, int]]) -> None:
     items = [said(Reading.DELTA, value, at, message=str(n)) for n, (at, value) in enumerate(shown)]
@@ -264,7 +349,8 @@ def test_what_moved_is_its_owners_of_that_moment_unless_the_body_names_one() -> 
     moments = [DAY - HOUR, DAY + MINUTE, DAY + HOUR, DAY + 9 * HOUR]
     items = [said(Reading.DELTA, 1, moment, project=None) for moment in moments]
     items.append(said(Reading.DELTA, 1, DAY + 10 * HOUR, project="p9"))
-    owners = [item.project_id for item in amounts(items, history, is_born_of_event=True)]
+    moved = amounts(items, history, is_born_of_event=True).amounts
+    owners = [item.project_id for item in moved]
     assert owners == ["p1", "p1", "p2", "p2", "p9"]
     assert [item.project_id for item in found(items)][:4] == [None] * 4
 

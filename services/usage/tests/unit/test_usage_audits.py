@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,7 +29,7 @@ from hostler_usage.auditing.reconciliation import reconcile, reconcile_said
 from hostler_usage.history.intervals import Interval, Provenance
 from hostler_usage.history.ledger import reckon
 from hostler_usage.reading.envelope import open_body
-from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.reading.mapping_file import packaged, read
 from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.reading.statement import Evidence, Scalar, Statement
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step, VolumeLife, VolumeStep
@@ -36,6 +37,7 @@ from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step, Vol
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
 HOUR, MINUTE, SECOND = timedelta(hours=1), timedelta(minutes=1), timedelta(seconds=1)
 MAPPING = packaged()
+INSTANCE = MAPPING.resources["instance"]
 NORMALISER = Normaliser(MAPPING)
 DOCUMENT = Path(__file__).parents[4] / "docs" / "usage-audits.md"
 
@@ -116,7 +118,7 @@ AGREED = (Status.VERIFIED, Code.AGREED, None, 1)
 def test_an_audit_that_agrees_verifies_its_period() -> None:
     born = DAY + 10 * MINUTE
     found = reconcile(
-        "instance", [interval(born)], [hourly(DAY, launched_at=born)], launches=told(born)
+        INSTANCE, [interval(born)], [hourly(DAY, launched_at=born)], launches=told(born)
     )
     (verdict,) = found.verdicts
     assert brief([verdict]) == [AGREED]
@@ -128,7 +130,7 @@ def test_an_audit_that_agrees_verifies_its_period() -> None:
 
 def test_equal_verdicts_of_a_day_are_one_row_that_midnight_cuts() -> None:
     audits = [hourly(DAY + n * HOUR, launched_at=DAY) for n in range(30)]
-    found = reconcile("instance", [interval(DAY)], audits, launches=told(DAY)).verdicts
+    found = reconcile(INSTANCE, [interval(DAY)], audits, launches=told(DAY)).verdicts
     assert [(item.periods, item.statements) for item in found] == [(24, 24), (6, 6)]
     assert found[0].period_end == found[1].period_start == DAY + 24 * HOUR
     assert found[1].evidence == (audits[-1].evidence,)
@@ -142,7 +144,7 @@ def test_the_three_spellings_of_a_launch_are_one_moment() -> None:
         hourly(DAY, launched_at=cut, name="versioned"),
         hourly(DAY, launched_at=rounded, name="legacy"),
     ]
-    found = reconcile("instance", [interval(born)], audits, launches=told(born)).verdicts
+    found = reconcile(INSTANCE, [interval(born)], audits, launches=told(born)).verdicts
     assert brief(found) == [AGREED]
     assert found[0].statements == 2
 
@@ -152,7 +154,7 @@ def test_twins_that_disagree_with_each_other_leave_a_mismatch() -> None:
         hourly(DAY, launched_at=DAY, name="versioned", vcpus=2),
         hourly(DAY, launched_at=DAY, name="legacy"),
     ]
-    (found,) = reconcile("instance", [interval(DAY)], audits, launches=told(DAY)).verdicts
+    (found,) = reconcile(INSTANCE, [interval(DAY)], audits, launches=told(DAY)).verdicts
     assert brief([found]) == [(Status.MISMATCH, Code.FIELD_DIFFERS, "vcpus", 1)]
     assert (found.ours, found.theirs) == (1, 2)
     assert found.evidence == (audits[0].evidence,)
@@ -179,7 +181,7 @@ def test_each_compared_field_that_differs_is_named_with_both_values(
     history = [replace(interval(DAY), attributes={**interval(DAY).attributes, **ours})]
     audit = hourly(DAY, launched_at=DAY)
     audit = replace(audit, fields={**audit.fields, **ours, field: theirs})
-    (found,) = reconcile("instance", history, [audit], launches=told(DAY)).verdicts
+    (found,) = reconcile(INSTANCE, history, [audit], launches=told(DAY)).verdicts
     assert (found.code, found.field, found.theirs) == (Code.FIELD_DIFFERS, field, theirs)
     assert found.ours == history[0].attributes[field]
     assert found.project_id == "p1"
@@ -188,7 +190,7 @@ def test_each_compared_field_that_differs_is_named_with_both_values(
 def test_what_a_format_leaves_out_is_not_compared() -> None:
     history = [interval(DAY, os="ubuntu", image="i1")]
     audit = hourly(DAY, launched_at=DAY, os=None, image=None)
-    assert brief(reconcile("instance", history, [audit]).verdicts) == [AGREED]
+    assert brief(reconcile(INSTANCE, history, [audit]).verdicts) == [AGREED]
 
 
 def test_flavor_and_state_are_those_at_audit_time_not_at_the_end_of_the_period() -> None:
@@ -197,11 +199,9 @@ def test_flavor_and_state_are_those_at_audit_time_not_at_the_end_of_the_period()
     history = [interval(DAY, resized), interval(resized, flavor="m1.large", state="resized")]
     launches = told(DAY, resized)
     at_audit = hourly(DAY, launched_at=resized, flavor="m1.large", state="resized")
-    assert brief(reconcile("instance", history, [at_audit], launches=launches).verdicts) == [
-        AGREED
-    ]
+    assert brief(reconcile(INSTANCE, history, [at_audit], launches=launches).verdicts) == [AGREED]
     read_before = hourly(DAY, launched_at=DAY)
-    assert brief(reconcile("instance", history, [read_before], launches=launches).verdicts) == [
+    assert brief(reconcile(INSTANCE, history, [read_before], launches=launches).verdicts) == [
         (Status.VERIFIED, Code.AGREED_EARLIER, None, 1)
     ]
 
@@ -211,7 +211,7 @@ def test_what_was_ours_before_the_period_ended_only_is_a_mismatch() -> None:
     resized = DAY + 50 * MINUTE
     history = [interval(DAY, resized), interval(resized, flavor="m1.large")]
     audit = hourly(DAY, launched_at=DAY)
-    found = reconcile("instance", history, [audit], launches=told(DAY, resized)).verdicts
+    found = reconcile(INSTANCE, history, [audit], launches=told(DAY, resized)).verdicts
     assert {(item.code, item.field) for item in found} == {
         (Code.FIELD_DIFFERS, "flavor"),
         (Code.LAUNCHED_AT_DIFFERS, "launched_at"),
@@ -226,7 +226,7 @@ def test_a_partial_audit_beside_the_hourly_one_is_no_duplicate() -> None:
         partial(DAY + 20 * MINUTE, launched_at=DAY),
         hourly(DAY, launched_at=resized, flavor="m1.large"),
     ]
-    found = reconcile("instance", history, audits, launches=told(DAY, resized)).verdicts
+    found = reconcile(INSTANCE, history, audits, launches=told(DAY, resized)).verdicts
     assert sorted((item.is_partial, item.code) for item in found) == [
         (False, Code.AGREED),
         (True, Code.AGREED),
@@ -263,7 +263,7 @@ def test_a_deleted_instance_may_have_two_more_audits_and_not_a_third() -> None:
         hourly(DAY + n * HOUR, launched_at=DAY, ended_at=ended, state="deleted") for n in range(3)
     ]
     found = reconcile(
-        "instance", history, audits, launches=told(DAY), deletions=told(ended)
+        INSTANCE, history, audits, launches=told(DAY), deletions=told(ended)
     ).verdicts
     assert brief(found) == [
         (Status.VERIFIED, Code.AGREED, None, 2),
@@ -281,7 +281,7 @@ def test_deleted_at_is_compared_within_a_second() -> None:
     ):
         audit = hourly(DAY, launched_at=DAY, ended_at=theirs, state="deleted")
         (found,) = reconcile(
-            "instance", history, [audit], launches=told(DAY), deletions=told(ended)
+            INSTANCE, history, [audit], launches=told(DAY), deletions=told(ended)
         ).verdicts
         assert found.code is code
 
@@ -300,11 +300,11 @@ def test_the_codes_of_winchester_are_told_apart() -> None:
     ]
     for name, history, audit in cases:
         found = reconcile(
-            "instance", history, [audit], launches=told(DAY), deletions=told(ended)
+            INSTANCE, history, [audit], launches=told(DAY), deletions=told(ended)
         ).verdicts
         assert name in {MEANINGS[item.code].winchester for item in found}, name
     twice = told(ended, ended + 5 * MINUTE)
-    found = reconcile("instance", dead, [], launches=told(DAY), deletions=twice).verdicts
+    found = reconcile(INSTANCE, dead, [], launches=told(DAY), deletions=twice).verdicts
     assert [MEANINGS[item.code].winchester for item in found] == ["U7"]
     assert brief(found) == [(Status.MISMATCH, Code.DELETED_TWICE, "deleted_at", 1)]
 
@@ -312,7 +312,7 @@ def test_the_codes_of_winchester_are_told_apart() -> None:
 def test_twins_of_a_delete_event_are_not_two_deletes() -> None:
     ended = DAY + 30 * MINUTE + timedelta(microseconds=300_000)
     twins = told(ended, ended.replace(microsecond=0))
-    found = reconcile("instance", [interval(DAY, ended)], [], deletions=twins)
+    found = reconcile(INSTANCE, [interval(DAY, ended)], [], deletions=twins)
     assert found.verdicts == ()
 
 
@@ -321,7 +321,7 @@ def test_whole_periods_that_overlap_are_named() -> None:
         hourly(DAY, launched_at=DAY),
         hourly(DAY + 30 * MINUTE, launched_at=DAY, name="shifted"),
     ]
-    found = reconcile("instance", [interval(DAY)], audits, launches=told(DAY)).verdicts
+    found = reconcile(INSTANCE, [interval(DAY)], audits, launches=told(DAY)).verdicts
     (overlap,) = [item for item in found if item.code is Code.PERIODS_OVERLAP]
     assert (overlap.period_start, overlap.period_end) == (DAY + 30 * MINUTE, DAY + HOUR)
     assert overlap.evidence == (audits[0].evidence, audits[1].evidence)
@@ -331,9 +331,9 @@ def test_a_rebuild_that_changes_nothing_metered_still_sets_launched_at_anew() ->
     """No interval begins there; the event told of it, so later audits agree."""
     rebuilt = DAY + 2 * HOUR
     audits = [hourly(DAY + HOUR, launched_at=rebuilt), hourly(DAY + 2 * HOUR, launched_at=rebuilt)]
-    with_event = reconcile("instance", [interval(DAY)], audits, launches=told(DAY, rebuilt))
+    with_event = reconcile(INSTANCE, [interval(DAY)], audits, launches=told(DAY, rebuilt))
     assert brief(with_event.verdicts) == [(Status.VERIFIED, Code.AGREED, None, 2)]
-    without = reconcile("instance", [interval(DAY)], audits, launches=told(DAY))
+    without = reconcile(INSTANCE, [interval(DAY)], audits, launches=told(DAY))
     assert brief(without.verdicts) == [
         (Status.REPAIRED, Code.RELAUNCH_REPAIRED, "launched_at", 1),
         AGREED,  # the first one told of it
@@ -365,9 +365,11 @@ def test_other_types_have_their_own_fields(
         born_at=DAY,
         fields={"project": "p1", field: ours},
     )
-    assert brief(reconcile(resource_type, history, [audit]).verdicts) == [AGREED]
+    assert brief(reconcile(MAPPING.resources[resource_type], history, [audit]).verdicts) == [
+        AGREED
+    ]
     wrong = replace(audit, fields={**audit.fields, field: theirs})
-    (found,) = reconcile(resource_type, history, [wrong]).verdicts
+    (found,) = reconcile(MAPPING.resources[resource_type], history, [wrong]).verdicts
     assert (found.code, found.field, found.ours, found.theirs) == (
         Code.FIELD_DIFFERS,
         field,
@@ -376,12 +378,47 @@ def test_other_types_have_their_own_fields(
     )
 
 
-def test_what_names_no_period_speaks_of_the_hour_it_was_sent_in() -> None:
-    """neutron-usage-audit sends no audit period."""
-    at = DAY + 5 * HOUR + 3 * MINUTE
-    audit = AuditStatement(evidence=witness("a", at), said_at=at, born_at=DAY)
-    (found,) = reconcile("floating_ip", [interval(DAY)], [audit]).verdicts
-    assert (found.period_start, found.period_end) == (DAY + 5 * HOUR, DAY + 6 * HOUR)
+@pytest.mark.parametrize(
+    ("every", "at", "start", "end"),
+    [
+        (HOUR, DAY + 5 * HOUR + 3 * MINUTE, DAY + 5 * HOUR, DAY + 6 * HOUR),
+        (HOUR, DAY + 5 * HOUR, DAY + 5 * HOUR, DAY + 6 * HOUR),
+        (24 * HOUR, DAY + 5 * HOUR + 3 * MINUTE, DAY, DAY + 24 * HOUR),
+        (24 * HOUR, DAY + 24 * HOUR - SECOND, DAY, DAY + 24 * HOUR),
+    ],
+)
+def test_what_names_no_period_speaks_of_the_hour_or_day_it_was_sent_in(
+    every: timedelta, at: datetime, start: datetime, end: datetime
+) -> None:
+    """neutron-usage-audit sends no audit period, and runs as often as its crontab says."""
+    audit = AuditStatement(evidence=witness("a", at), said_at=at, born_at=DAY, every=every)
+    (found,) = reconcile(MAPPING.resources["floating_ip"], [interval(DAY)], [audit]).verdicts
+    assert (found.period_start, found.period_end) == (start, end)
+    assert (found.status, found.is_partial) == (Status.VERIFIED, False)
+
+
+def test_how_often_audits_run_that_name_no_period_is_the_mapping_s_to_say() -> None:
+    (example,) = DOCUMENT.read_text().split("```yaml\n")[1:]
+    daily = read(example.partition("```")[0])
+    row = {"id": "f1", "project_id": "p1", "floating_ip_address": "172.24.4.227", "port_id": None}
+    said: list[tuple[Statement, Evidence]] = []
+    for at in (DAY, DAY + 3 * HOUR, DAY + 27 * HOUR):
+        name = "create.end" if at == DAY else "exists"
+        message = Message(
+            topic="notifications",
+            event_type=f"floatingip.{name}",
+            publisher_id="network.ctl1",
+            timestamp=at,
+            payload={"floatingip": row},
+            message_id=f"{name}/{at}",
+        )
+        said += said_by([message])
+    for mapping, hours in ((MAPPING, [(3, 4), (27, 28)]), (daily, [(0, 24), (24, 48)])):
+        verdicts = reckon(mapping.resources["floating_ip"], said).reconciliation.verdicts
+        assert [
+            ((item.period_start - DAY) / HOUR, (item.period_end - DAY) / HOUR) for item in verdicts
+        ] == hours
+        assert {item.code for item in verdicts} == {Code.AGREED}
 
 
 # --- lives as Nova and Cinder tell them
@@ -407,7 +444,138 @@ def said_by(messages: Iterable[Message]) -> list[tuple[Statement, Evidence]]:
 def audited(messages: Iterable[Message], resource_type: str = "instance") -> Reconciliation:
     said = said_by(messages)
     ledger = reckon(MAPPING.resources[resource_type], said)
-    return reconcile_said(resource_type, ledger.intervals, said)
+    return reconcile_said(MAPPING.resources[resource_type], ledger.intervals, said)
+
+
+def of_volume(*steps: VolumeStep, without: Iterable[str] = ()) -> list[Verdict]:
+    """The verdicts on a volume that no audit spoke of, some of its events lost."""
+    life = VolumeLife(volume_id="v1", project_id="p1", steps=steps)
+    kept = [item for item in life.messages() if item.event_type not in without]
+    return list(audited(kept, "volume").verdicts)
+
+
+def test_a_volume_that_is_being_deleted_for_hours_is_there_until_it_is() -> None:
+    """Its delete may hang or fail; nothing but an end is one."""
+    life = VolumeLife(volume_id="v1", project_id="p1", steps=(CREATED,))
+    kept = [
+        replace(item, payload=item.payload | {"status": "deleting"})
+        if item.timestamp > DAY + 3 * HOUR
+        else item
+        for item in life.messages(audits_until=DAY + 6 * HOUR)
+    ]
+    said = said_by(kept)
+    ledger = reckon(MAPPING.resources["volume"], said)
+    assert ledger.intervals[-1].end is None
+    assert brief(ledger.reconciliation.verdicts) == [(Status.VERIFIED, Code.AGREED, None, 5)]
+
+
+CREATED = VolumeStep(at=DAY + HOUR, action="create", size_gb=10)
+EXTENDED = VolumeStep(at=DAY + 3 * HOUR, action="extend", size_gb=20)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        VolumeStep(at=DAY + 5 * HOUR, action="attach", instance_id="i1"),
+        VolumeStep(at=DAY + 5 * HOUR, action="transfer", project_id="p2"),
+        VolumeStep(at=DAY + 5 * HOUR, action="delete"),
+    ],
+)
+def test_a_lost_change_that_the_event_of_something_else_lets_slip_is_named(
+    later: VolumeStep,
+) -> None:
+    (found,) = of_volume(CREATED, EXTENDED, later, without=["volume.resize.end"])
+    assert (found.status, found.code, found.field) == (
+        Status.MISMATCH,
+        Code.CHANGE_UNTOLD,
+        "size_gb",
+    )
+    assert (found.ours, found.theirs, found.project_id) == (10, 20, "p1")
+    # the old size was last seen when the resize began
+    assert (found.period_start, found.period_end) == (EXTENDED.at - SECOND / 2, later.at)
+    assert of_volume(CREATED, EXTENDED, later) == []
+
+
+def test_a_lost_transfer_is_named_when_the_next_one_begins() -> None:
+    """The start of an operation moves nothing; whose the volume is, it says all the same."""
+    twice = [VolumeStep(at=DAY + n * HOUR, action="transfer", project_id=f"p{n}") for n in (2, 3)]
+    life = VolumeLife(volume_id="v1", project_id="p1", steps=(CREATED, *twice))
+    kept = [
+        item
+        for item in life.messages()
+        if (item.event_type, item.timestamp) != ("volume.transfer.accept.end", twice[0].at)
+    ]
+    (found,) = audited(kept, "volume").verdicts
+    assert (found.code, found.field, found.ours, found.theirs) == (
+        Code.CHANGE_UNTOLD,
+        "project",
+        "p1",
+        "p2",
+    )
+
+
+def test_a_change_that_nothing_shows_is_named_by_nobody_and_borne_out_by_no_audit() -> None:
+    assert of_volume(CREATED, EXTENDED, without=["volume.resize.end"]) == []
+
+
+def test_of_a_change_across_midnight_the_day_is_named_in_which_the_new_value_was_seen() -> None:
+    attached = VolumeStep(at=DAY + 50 * HOUR, action="attach", instance_id="i1")
+    (found,) = of_volume(CREATED, EXTENDED, attached, without=["volume.resize.end"])
+    assert (found.period_start, found.period_end) == (DAY + 48 * HOUR, attached.at)
+
+
+def nova_body(event: str, at: datetime, **payload: Any) -> Message:
+    """A legacy body of an instance that was launched at `DAY`."""
+    known = {
+        "instance_id": "i1",
+        "tenant_id": "p1",
+        "state": "active",
+        "host": "h1",
+        "launched_at": str(DAY),
+        "deleted_at": "",
+        "terminated_at": "",
+    }
+    return Message(
+        topic="notifications",
+        event_type=f"compute.instance.{event}",
+        publisher_id="compute.h1",
+        timestamp=at,
+        payload=known | payload,
+        message_id=f"{event}/{at}",
+    )
+
+
+def nova_audit(hour: int, **payload: Any) -> Message:
+    start, end = DAY + (hour - 1) * HOUR, DAY + hour * HOUR
+    period = {"audit_period_beginning": str(start), "audit_period_ending": str(end)}
+    return nova_body("exists", end + 30 * SECOND, **period, **payload)
+
+
+@pytest.mark.parametrize("is_restored", [True, False])
+def test_audits_of_a_soft_deleted_instance_agree_though_it_has_a_deleted_at(
+    is_restored: bool,
+) -> None:
+    """nova/compute/api.py sets it with the soft delete; Nova audits it until terminated_at is set."""
+    at = DAY + 90 * MINUTE
+    soft = {"state": "soft-delete", "deleted_at": str(at)}
+    if is_restored:
+        last = nova_body("restore.end", DAY + 150 * MINUTE)
+        after = nova_audit(3)
+    else:
+        gone = {"state": "deleted", "terminated_at": str(DAY + 150 * MINUTE)}
+        last = nova_body("delete.end", DAY + 150 * MINUTE, **{**soft, **gone})
+        after = nova_audit(3, **{**soft, **gone})
+    found = audited(
+        [
+            nova_body("create.end", DAY, message="Success"),
+            nova_audit(1),
+            nova_body("soft_delete.end", at, **soft),
+            nova_audit(2, **soft),
+            last,
+            after,
+        ]
+    )
+    assert brief(found.verdicts) == [(Status.VERIFIED, Code.AGREED, None, 3)]
 
 
 LIFE = InstanceLife(
@@ -531,9 +699,9 @@ def test_order_changes_nothing_of_statements_that_contradict_each_other(
     data: st.DataObject, statements: list[AuditStatement]
 ) -> None:
     for history in ([interval(DAY)], []):
-        one = reconcile("instance", history, statements, launches=told(DAY))
+        one = reconcile(INSTANCE, history, statements, launches=told(DAY))
         other = reconcile(
-            "instance", history, data.draw(st.permutations(statements)), launches=told(DAY)
+            INSTANCE, history, data.draw(st.permutations(statements)), launches=told(DAY)
         )
         assert one == other
 
@@ -548,7 +716,7 @@ def test_an_audit_that_only_says_again_what_we_hold_adds_a_verified_and_nothing_
         at = LIFE.steps[-1].at - 2 * MINUTE
     said = said_by(SENT)
     intervals = reckon(MAPPING.resources["instance"], said).intervals
-    before = reconcile_said("instance", intervals, said)
+    before = reconcile_said(INSTANCE, intervals, said)
     ours = next(i for i in reversed(intervals) if i.start <= at).attributes
     redundant = AuditStatement(
         evidence=witness("redundant", at),
@@ -559,7 +727,7 @@ def test_an_audit_that_only_says_again_what_we_hold_adds_a_verified_and_nothing_
         fields=dict(ours),
     )
     after = reconcile(
-        "instance",
+        INSTANCE,
         intervals,
         [*_audits(said), redundant],
         launches=_launches(said),
@@ -611,13 +779,14 @@ def silence(
     cadence: timedelta | None = None,
     resource_type: str = "instance",
 ) -> list[tuple[Status, Code, int]]:
+    host = "h1" if resource_type == "instance" else ""
     found = absences(
-        resource_type,
+        MAPPING.resources[resource_type].audit,
         spans,
         launches,
         [(DAY + n * HOUR, DAY + (n + 1) * HOUR) for n in covered],
         periods,
-        cadence={} if cadence is None else {"h1": cadence},
+        cadence={} if cadence is None else {host: cadence},
         confirmed_at=DAY + HOUR,
     )
     return [(item.status, item.code, item.periods) for item in found]
@@ -676,6 +845,17 @@ def test_a_host_that_is_audited_daily_owes_nothing_hourly() -> None:
     ]
 
 
+def test_a_type_that_is_audited_daily_owes_nothing_hourly() -> None:
+    """Before the audits of today, which are daily, there were some of every hour."""
+    for resource_type in ("volume", "floating_ip"):
+        assert (
+            silence([lived()], known(0, 3), cadence=24 * HOUR, resource_type=resource_type) == []
+        )
+        assert silence([lived()], known(0, 3), cadence=HOUR, resource_type=resource_type) == [
+            (Status.UNCOVERED, Code.NOT_AUDITED, 3)
+        ]
+
+
 def test_one_that_falls_silent_while_its_neighbours_speak_is_unconfirmed() -> None:
     assert silence([lived()], known(0, 4, "h1"), covered=[0]) == [
         (Status.UNCONFIRMED, Code.SILENT, 3)
@@ -703,20 +883,13 @@ def test_types_that_are_not_audited_per_host_are_missing_whatever_their_host_is(
     ]
 
 
-def test_an_audit_without_periods_may_run_a_little_beyond_the_hour() -> None:
-    spans = [lived(DAY - HOUR)]
-    found = absences(
-        "floating_ip",
-        spans,
-        (),
-        [(DAY + HOUR - MINUTE, DAY + 2 * HOUR)],
-        [Known(start=DAY + HOUR, end=DAY + 2 * HOUR, hosts=frozenset({""}))],
-        cadence={},
-        confirmed_at=None,
-    )
-    assert found == ()
-    born_in_it = [lived(DAY + 5 * MINUTE)]
-    assert silence(born_in_it, known(0, 1, ""), resource_type="floating_ip") == []
+def test_what_lived_for_a_part_of_a_period_owes_no_audit_that_names_none() -> None:
+    """It ran at some moment of the hour, which may have been before the birth or after the end."""
+    for spans in ([lived(DAY + 5 * MINUTE)], [lived(DAY, DAY + 55 * MINUTE)]):
+        assert silence(spans, known(0, 1, ""), resource_type="floating_ip") == []
+    assert silence([lived()], known(0, 1, ""), resource_type="floating_ip") == [
+        (Status.MISSING, Code.NO_STATEMENT, 1)
+    ]
 
 
 def test_periods_that_nobody_spoke_of_are_expected_from_those_before() -> None:
@@ -728,6 +901,21 @@ def test_periods_that_nobody_spoke_of_are_expected_from_those_before() -> None:
     february = (datetime(2026, 2, 1, tzinfo=UTC), datetime(2026, 3, 1, tzinfo=UTC))
     assert expected_periods([february], DAY) == ()
     assert len(expected_periods(hours, DAY + 9999 * HOUR, limit=10)) == 10
+
+
+def test_what_the_document_says_is_compared_is_what_the_mapping_says() -> None:
+    of_types = {}
+    for line in DOCUMENT.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[0] in {*MAPPING.resources, "others"}:
+            names = cells[1].split(", ")
+            of_types[cells[0]] = tuple(name for name in names if name not in MOMENTS)
+    others = of_types.pop("others")
+    for name, resource in MAPPING.resources.items():
+        assert of_types.get(name, others) == resource.audit.compares
+
+
+MOMENTS = frozenset({"birth", "launched_at", "deleted_at"})
 
 
 def test_every_code_is_in_the_document_with_its_equivalents() -> None:

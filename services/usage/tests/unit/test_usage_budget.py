@@ -123,30 +123,6 @@ RESEARCH = Membership(
 )
 
 
-@pytest.mark.parametrize(
-    ("subject", "start", "end", "is_covered"),
-    [
-        (Subject(projects=frozenset({"p1"})), MAY, MAY + DAY, True),
-        (Subject(projects=frozenset({"p2"})), MAY, MAY + DAY, False),
-        (Subject(user="u1"), MAY, MAY + DAY, True),
-        (Subject(user="u2"), MAY, MAY + DAY, False),
-        (Subject(group_kind="cost_center", group="research"), MAY, MAY + 10 * DAY, True),
-        (Subject(group_kind="cost_center", group="research"), MAY - DAY, MAY, False),
-        (
-            Subject(group_kind="cost_center", group="research"),
-            MAY + 10 * DAY,
-            MAY + 11 * DAY,
-            False,
-        ),
-        (Subject(group_kind="domain", group="research"), MAY, MAY + DAY, False),
-    ],
-)
-def test_a_subject_covers_what_is_its_own_at_the_time(
-    subject: Subject, start: datetime, end: datetime, is_covered: bool
-) -> None:
-    assert subject.covers("p1", "u1", start, end, [RESEARCH]) is is_covered
-
-
 def test_a_project_is_in_one_group_of_a_kind_at_a_time() -> None:
     later = Membership(
         kind="cost_center", group="sales", project="p1", start=MAY + 10 * DAY, end=None

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from hostler_common import bus
@@ -195,13 +195,11 @@ class Server:
         return [self._with_traffic(message) for message in self.life.messages(audits_until=until)]
 
     def _with_traffic(self, message: Message) -> Message:
-        if not message.event_type.endswith("exists"):
+        """An hourly audit tells what came in; one of part of an hour, before something is done, nothing."""
+        period = audited(message)
+        if period is None or period[1] - period[0] != HOUR:
             return message
-        hour = message.timestamp.replace(minute=0, second=0, microsecond=0)
-        if message.timestamp - hour != 30 * SECOND + (message.topic == VERSIONED) * 3 * (
-            SECOND / 1000
-        ):
-            return message  # of part of a period, before something is done
+        hour = period[1]
         if message.topic == LEGACY:
             bandwidth: object = {"public": {"bw_in": traffic(hour), "bw_out": 0}}
             return replace(message, payload=message.payload | {"bandwidth": bandwidth})
@@ -237,6 +235,20 @@ class Server:
         if moved:
             found[self.life.project_id, "bandwidth_in_bytes"] = moved
         return found
+
+
+def audited(message: Message) -> tuple[datetime, datetime] | None:
+    """The period an instance's body says it is an audit of."""
+    payload: Any = message.payload
+    data = payload.get("nova_object.data", payload)
+    period = data.get("audit_period", {}).get("nova_object.data", data)
+    if "audit_period_ending" not in period:
+        return None
+    beginning, ending = (
+        datetime.fromisoformat(period[f"audit_period_{name}"]).replace(tzinfo=UTC)
+        for name in ("beginning", "ending")
+    )
+    return beginning, ending
 
 
 def traffic(hour: datetime) -> int:
@@ -534,9 +546,30 @@ def assert_near(
 
 # --- the truth itself
 
+# the audit before this resize is sent half a minute past the hour, as that of the hour itself is
+RESIZED_BY_THE_HOUR = World(
+    things=(
+        Server(
+            life=InstanceLife(
+                instance_id="10000000-0000-4000-8000-000000000002",
+                project_id="p1",
+                steps=(
+                    Step(at=DAY + timedelta(minutes=3), action="create", flavor=SMALL),
+                    Step(at=DAY + timedelta(minutes=6), action="stop"),
+                    Step(at=DAY + HOUR + 90 * SECOND, action="resize", flavor=SMALL),
+                ),
+                host="cmp-2",
+            )
+        ),
+    ),
+    audited_until=DAY,
+    topics=frozenset({LEGACY}),
+)
+
 
 @MORE
 @given(worlds(fine=False))
+@example(RESIZED_BY_THE_HOUR)
 def test_what_is_reckoned_of_a_world_is_its_truth(world: World) -> None:
     assert usage(reckoned(told(world.bodies()))) == world.truth()
 
@@ -752,6 +785,47 @@ def test_p6_lost_events_that_audits_cover_change_no_total_or_are_named(
     for key, ledger in ledgers.items():
         if ours.get(key.resource_id) != truth.get(key.resource_id):
             assert is_named(ledger), key
+
+
+# the second time to whom it is already: its start shows what the lost end told
+HANDED_OVER_TWICE = Disk(
+    life=VolumeLife(
+        volume_id="20000000-0000-4000-8000-000000000001",
+        project_id="p2",
+        steps=(
+            VolumeStep(at=DAY + timedelta(minutes=3), action="create", size_gb=1),
+            VolumeStep(at=DAY + timedelta(minutes=6), action="transfer", project_id="p1"),
+            VolumeStep(at=DAY + timedelta(minutes=9), action="transfer", project_id="p1"),
+        ),
+    )
+)
+
+
+@MORE
+@given(disks(1), st.integers(0, 36), st.data())
+@example(HANDED_OVER_TWICE, 0, None)
+def test_p6_a_volume_s_lost_change_is_named_even_where_no_audit_shows_it(
+    disk: Disk, hours: int, data: st.DataObject | None
+) -> None:
+    """Whatever a later event shows that only a lost one can have changed, proves the loss.
+
+    Nothing proves it where nothing later shows it: then no audit bears out the hours since.
+    """
+    messages = disk.messages(DAY + hours * HOUR)
+    changes = [m.message_id for m in messages if m.event_type in CHANGES_OF_VOLUMES]
+    assume(changes)
+    lost = set(
+        changes[:1]
+        if data is None
+        else data.draw(st.lists(st.sampled_from(changes), unique=True, min_size=1))
+    )
+    kept = [message.body() for message in messages if message.message_id not in lost]
+    ((_, ledger),) = reckoned(told(kept)).items()
+    ours = usage(reckoned(told(kept))).get(disk.resource_id, {})
+    assert ours == disk.truth(AS_OF) or is_named(ledger)
+
+
+CHANGES_OF_VOLUMES = frozenset({"volume.resize.end", "volume.transfer.accept.end"})
 
 
 def merged(found: Mapping[str, Usage]) -> dict[str, Usage]:

@@ -45,7 +45,7 @@ In test_usage_<file>, quirk -> test (here unless a file is named):
   old delete.end with an id alone     test_a_delete_that_holds_an_id_alone_ends_the_resource
   server_id or instance_uuid          normalise: test_ceilometers_name_for_the_attached_server_is_read_too
   errors of the decorator             test_an_error_under_a_functions_name_is_filed_under_its_instance
-  metering for granular traffic       test_traffic_counts_for_its_label
+  metering for granular traffic       test_granular_traffic_counts_once_though_it_is_told_by_label_router_and_project
 """
 
 import json
@@ -1019,8 +1019,8 @@ METER: Payload = json.loads(
 )
 
 
-@pytest.mark.parametrize("event", ["l3.meter", "l3.meter.300"])
-def test_traffic_counts_for_its_label(event: str) -> None:
+def test_traffic_counts_for_its_label() -> None:
+    event = "l3.meter"
     item = sent(event, METER, on(26, "14:05", 9))
     statement = said(item)
     assert statement.at == EPOCH + timedelta(seconds=1790432187)
@@ -1031,8 +1031,60 @@ def test_traffic_counts_for_its_label(event: str) -> None:
         "traffic_bytes": 2 * 981124
     }
     assert {item.project_id for item in found.amounts} == {METER["project_id"]}
-    granular = METER | {"resource_id": "router-1", "router_id": "router-1", "label_shared": False}
-    assert ledgers(sent(event, granular, on(26, "14:05", 9))).keys() == {METER["label_id"]}
+    again = ledger(
+        item, sent(event, METER, on(26, "14:06", 9)), sent(event, METER, on(26, "14:07", 9))
+    )
+    assert [amount.amount for amount in again.amounts if amount.counter == "traffic_bytes"] == [
+        981124
+    ]
+    elsewhere = sent(event, METER | {"host": "net2"}, on(26, "14:05", 9), message_id="of net2")
+    assert used(
+        ledger(item, elsewhere), "meter_label", on(26, "00:00", 9), on(27, "00:00", 9)
+    ) == {"traffic_bytes": 2 * 981124}
+
+
+def test_granular_traffic_counts_once_though_it_is_told_by_label_router_and_project() -> None:
+    """doc/source/admin/ops-metering.rst of Neutron: five messages tell of the same bytes, two of each kind here."""
+    label, owner, other = (
+        METER["label_id"],
+        METER["project_id"],
+        "82ed0c40ebe64d0bb3310027039c8ed2",
+    )
+    shared = {"label_id": label, "label_name": "all", "label_shared": True}
+    said_of: list[tuple[str, Payload]] = [
+        ("label", shared | {"resource_id": f"label-{label}", "project_id": "all", "bytes": 30}),
+        (
+            "router",
+            {"resource_id": "router-r1", "router_id": "r1", "project_id": owner, "bytes": 10},
+        ),
+        (
+            "router",
+            {"resource_id": "router-r2", "router_id": "r2", "project_id": other, "bytes": 20},
+        ),
+        ("project", {"resource_id": f"project-{owner}", "project_id": owner, "bytes": 10}),
+        ("project", {"resource_id": f"project-{other}", "project_id": other, "bytes": 20}),
+    ]
+    for project, router, size in ((owner, "r1", 10), (other, "r2", 20)):
+        by_project = {"resource_id": f"project-{project}-label-{label}", "project_id": project}
+        by_router = {"resource_id": f"router-{router}-label-{label}", "router_id": router}
+        said_of += [
+            ("label_project", shared | by_project | {"bytes": size}),
+            ("label_router", shared | by_router | {"project_id": project, "bytes": size}),
+        ]
+    legacy = {"pkts": 1, "host": "net1", "last_update": 1790432187, "time": 300}
+    at = on(26, "14:05", 9)
+    items = [
+        sent(f"l3.meter.{name}", legacy | payload, at, message_id=str(number))
+        for number, (name, payload) in enumerate(said_of)
+    ]
+    assert all(read(item).is_known for item in items)
+    counted = [
+        (amount.project_id, amount.amount)
+        for found in ledgers(*items).values()
+        for amount in found.amounts
+        if amount.counter == "traffic_bytes"
+    ]
+    assert sorted(counted) == sorted([(owner, 10), (other, 20)])
 
 
 def test_of_neutrons_two_names_of_the_owner_the_new_one_counts() -> None:

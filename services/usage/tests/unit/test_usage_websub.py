@@ -206,3 +206,23 @@ def test_what_is_allowed_may_be_called() -> None:
 @given(st.ip_addresses())
 def test_every_address_has_an_answer(address: Any) -> None:
     assert websub.may_call(address) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("granted", "named", "left"),
+    [
+        (None, [None], None),
+        (None, [frozenset({"p1"})], frozenset({"p1"})),
+        (None, [], frozenset()),
+        (frozenset({"p1"}), [None], frozenset({"p1"})),
+        (frozenset({"p1", "p2"}), [frozenset({"p2", "p3"})], frozenset({"p2"})),
+        (frozenset({"p1", "p2"}), [frozenset({"p1"}), frozenset({"p2"})], frozenset({"p1", "p2"})),
+        (frozenset({"p1"}), [], frozenset()),
+    ],
+)
+def test_a_subscription_sees_what_its_maker_might_see_then_and_may_see_now(
+    granted: frozenset[str] | None,
+    named: list[frozenset[str] | None],
+    left: frozenset[str] | None,
+) -> None:
+    assert websub.present_scope(granted, named) == left
