@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import aiohttp
 from aiohttp import web
 
 from bare_transfer import cpu_seconds
@@ -77,12 +76,9 @@ async def receive(url: str, secret: str, listing: str, directory: str, files: li
     before = cpu_seconds()
     store = pieces.PieceStore.open(Path(directory), BLOB_ID, listed)
     left = list(range(listed.count))
-    async with (
-        aiohttp.ClientSession() as session,
-        Connections(tls=contexts.client if contexts else None) as connections,
-    ):
+    async with Connections(tls=contexts.client if contexts else None) as connections:
         client = HttpPeerClient(
-            session, connections, store=store, blob_id=BLOB_ID, token=lambda: secret, host="bench"
+            connections, store=store, blob_id=BLOB_ID, token=lambda: secret, host="bench"
         )
 
         async def work() -> None:

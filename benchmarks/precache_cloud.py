@@ -201,9 +201,13 @@ def _sha512(path: Path) -> str:
 
 @asynccontextmanager
 async def cloud(
-    stage: bench.Stage, course: Course, *, settings: Mapping[str, str] | None = None
+    stage: bench.Stage,
+    course: Course,
+    *,
+    settings: Mapping[str, str] | None = None,
+    is_fetched: bool = True,
 ) -> AsyncIterator[Cloud]:
-    """Everything runs, the image is at the seed, and no agent knows of it.
+    """Everything runs, the image is at the seed unless it is not to be, and no agent knows of it.
 
     `settings` are added to the environment of all processes.
     """
@@ -261,7 +265,8 @@ async def cloud(
             amqp_url=amqp_url,
         )
         stack.push_async_callback(made._stack.aclose)
-        await made.fetch_image()
+        if is_fetched:
+            await made.fetch_image()
         for host in course.receivers:
             await made.start_agent(host)
         await made.wait_known(len(course.receivers))

@@ -24,6 +24,7 @@ parts of the agent (`piece_hosts.py`).
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import random
@@ -90,8 +91,9 @@ class StandIn:
         """Answer the agent."""
         if request.path == "/v1/desired":
             return web.json_response({"images": [self.image] if self.image else []})
-        if request.path.endswith("/manifest"):
-            return web.Response(body=self.listing)
+        if request.path.endswith("/growth"):
+            after = int(request.query["after"])
+            return web.json_response(self.growth(after, int(request.query.get("most", 1 << 20))))
         blobs = (await request.json())["blobs"]
         for blob in blobs:
             if blob["state"] == "error":
@@ -99,6 +101,19 @@ class StandIn:
             if blob["state"] in ("cached", "error"):
                 self.is_cached.set()
         return web.json_response({"swarms": {}, "look_again": bool(self.image and not blobs)})
+
+    def growth(self, after: int, most: int) -> dict[str, Any]:
+        """The piece list from that piece on, or some of it."""
+        listed = manifest.parse(self.listing)
+        told = listed.digests[after * manifest.DIGEST_BYTES :][: most * manifest.DIGEST_BYTES]
+        is_all = after * manifest.DIGEST_BYTES + len(told) == len(listed.digests)
+        return {
+            "size_bytes": listed.size_bytes,
+            "piece_bytes": listed.piece_bytes,
+            "first_piece": after,
+            "digests": base64.b64encode(told).decode(),
+            "root": listed.root.hex() if is_all else None,
+        }
 
     def announce(self, seed_url: str, listing: bytes) -> None:
         """The agent should have the image."""

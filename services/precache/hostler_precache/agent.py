@@ -8,6 +8,7 @@ restart the files on disk and their journals say what there is.
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import uuid
@@ -17,8 +18,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-
-import aiohttp
 
 from hostler_common import client, errors, logs, runtime
 from hostler_common import settings as common_settings
@@ -35,7 +34,8 @@ from hostler_precache.swarming import swarm
 from hostler_precache.transfer import connections, manifest, pieces, sites, tls
 from hostler_precache.transfer.blobs import Blob, BlobServer
 from hostler_precache.transfer.download import Download, Received
-from hostler_precache.transfer.manifest import BlobId, Manifest, ManifestError
+from hostler_precache.transfer.following import Following, GivenUp
+from hostler_precache.transfer.manifest import BlobId, Manifest, PieceList
 from hostler_precache.transfer.peers import HttpPeerClient
 
 log = logs.get(__name__)
@@ -43,6 +43,7 @@ log = logs.get(__name__)
 MIN_REPORT_SECONDS = 0.1
 MAX_REPORTED = 1000
 REPAIR_SECONDS = 600.0
+ENDING_SECONDS = 5.0
 ResultT = TypeVar("ResultT")
 
 
@@ -127,7 +128,7 @@ class _Transport:
     """What a transfer runs on."""
 
     group: asyncio.TaskGroup
-    session: aiohttp.ClientSession
+    api: client.Api
     wire: connections.Connections
 
 
@@ -155,10 +156,13 @@ class CacheAgent:
         self._secured = secured
         self._metrics = metrics
         self._session_id = str(uuid.uuid4())
+        self._sequence = itertools.count(1)
         self._rng = random.Random()  # noqa: S311  breaks ties, guards nothing
         self._works: dict[BlobId, _Work] = {}
         self._deleted: frozenset[manifest.ImageId] = frozenset()
         self._slots = asyncio.Semaphore(settings.downloads)
+        # what comes as slowly as its source sends must not be in the way of what is all there
+        self._growing_slots = asyncio.Semaphore(settings.downloads)
         self._look_again = asyncio.Event()
         self._tell_now = asyncio.Event()
 
@@ -196,22 +200,21 @@ class CacheAgent:
     async def _run(self) -> None:
         url = self._settings.precache_url
         context = self._secured.client if self._secured else None
-        # piece maps: one endless answer from each neighbour in each swarm
-        connector = aiohttp.TCPConnector(limit=0)
         async with (
             client.open_api(url, token=self._token, timeout_seconds=10.0) as api,
-            aiohttp.ClientSession(connector=connector) as session,
             connections.Connections(tls=context) as wire,
             asyncio.TaskGroup() as group,
         ):
             group.create_task(self._report_forever(api))
-            transport = _Transport(group, session, wire)
+            transport = _Transport(group, api, wire)
             group.create_task(self._keep_house(transport))
             while True:
                 self._look_again.clear()
                 try:
                     answer = await api.get("/v1/desired", host=self._host)
-                    self._adopt(protocol.Desired.model_validate(answer), transport)
+                    ending = self._adopt(protocol.Desired.model_validate(answer), transport)
+                    if ending:  # then nobody holds their files any more
+                        await asyncio.wait(ending, timeout=ENDING_SECONDS)
                     await self._discard_partials()
                     pause = self._pause_seconds()
                 except (errors.HostlerError, ValueError) as exc:
@@ -245,14 +248,20 @@ class CacheAgent:
         if discarded:
             log.info("partials_discarded", blob_ids=discarded)
 
-    def _adopt(self, desired: protocol.Desired, transport: _Transport) -> None:
-        """Start what is new, retry what failed a while ago, stop what is not wanted any more."""
+    def _adopt(self, desired: protocol.Desired, transport: _Transport) -> list[asyncio.Task[None]]:
+        """Start what is new, retry what failed a while ago, stop what is not wanted any more.
+
+        Returns:
+            Those that were stopped.
+        """
+        ending = []
         self._deleted = frozenset(manifest.ImageId(one) for one in desired.deleted_image_ids)
         wanted = {BlobId(image.blob_id): image for image in desired.images}
         for blob_id in self._works.keys() - wanted.keys():
             work = self._works.pop(blob_id)
             if work.task is not None:
                 work.task.cancel()
+                ending.append(work.task)
             log.info("image_unwanted", image_id=work.wanted.image_id)
         now = asyncio.get_running_loop().time()
         for blob_id, image in wanted.items():
@@ -269,6 +278,7 @@ class CacheAgent:
                 self._start(work, transport)  # anew: it waits until it is resumed
             if self._is_due(work, now):
                 self._start(work, transport)
+        return ending
 
     def _is_due(self, work: _Work, now: float) -> bool:
         has_failed = work.state is HostState.ERROR and work.ended_at is not None
@@ -301,7 +311,8 @@ class CacheAgent:
         work.download = work.blob = None
         try:
             async with AsyncExitStack() as stack:
-                async with self._slots:
+                is_growing = work.wanted.root is None
+                async with self._growing_slots if is_growing else self._slots:
                     blob = await self._bring(work, transport, stack)
                 log.info("image_ready", image_id=work.wanted.image_id, state=work.state.value)
                 self._tell_now.set()
@@ -314,6 +325,9 @@ class CacheAgent:
             self._end(work, refused.state, refused.reason)
         except* placement.UnsupportedError as group:
             self._end(work, HostState.UNSUPPORTED, str(_first(group)))
+        except* GivenUp as group:
+            self._look_again.set()  # there is another one, or none
+            self._end(work, HostState.ERROR, str(_first(group)))
         except* pieces.PieceStoreError as group:
             failure = _first(group)
             assert isinstance(failure, pieces.PieceStoreError)
@@ -334,6 +348,7 @@ class CacheAgent:
 
         Raises:
             _Refused: it will not be.
+            GivenUp: precache has given it up.
             placement.UnsupportedError: it cannot be placed on this host.
             pieces.PieceStoreError: the disk refused.
         """
@@ -344,13 +359,15 @@ class CacheAgent:
         if limit is not None and image.size_bytes > limit:
             raise _Refused(HostState.SKIPPED, f"image.too_large: {image.size_bytes} > {limit}")
         target = held.target(work.placed)
-        listed = await self._manifest(image, transport.session)
-        found = await self._find(work, listed, stack)
-        if found is not None:
-            is_ours = await asyncio.to_thread(held.is_ours, work.placed)
-            work.state = HostState.CACHED if is_ours else HostState.EXISTING
-            return found
-        await asyncio.to_thread(held.make_room, work.placed, listed)
+        listed, following = await self._listed(work, transport)
+        if following is None:
+            assert isinstance(listed, Manifest)
+            found = await self._find(work, listed, stack)
+            if found is not None:
+                is_ours = await asyncio.to_thread(held.is_ours, work.placed)
+                work.state = HostState.CACHED if is_ours else HostState.EXISTING
+                return found
+            await asyncio.to_thread(held.make_room, work.placed, listed)
         async with AsyncExitStack() as serving:
             store = await _whole(
                 lambda: pieces.PieceStore.open(
@@ -368,20 +385,82 @@ class CacheAgent:
                 blob = work.blob = self._blob(work, listed, fd, have=store.journaled)
                 self._server.serve(blob)
                 serving.callback(self._server.withdraw, work.blob_id)
-                async with asyncio.TaskGroup() as group:
-                    # beside the transfer: on some file systems it writes the whole file
-                    group.create_task(_whole(store.allocate))
-                    await self._transfer(work, blob, store, transport)
-                outcome = await _whole(lambda: self._place(work, store, listed))
+                if following is None:
+                    async with asyncio.TaskGroup() as group:
+                        # beside the transfer: on some file systems it writes the whole file
+                        group.create_task(_whole(store.allocate))
+                        await self._transfer(work, blob, store, transport)
+                else:
+                    listed = await self._grow(work, following, blob, store, transport)
+                assert isinstance(listed, Manifest)
+                closed = blob.manifest = listed
+                outcome = await _whole(lambda: self._place(work, store, closed))
             if outcome is placement.Outcome.PLACED:
                 work.state = HostState.CACHED
                 stack.push_async_exit(serving.pop_all())
                 return blob
-        found = await self._find(work, listed, stack)
+        found = await self._find(work, closed, stack)
         if found is None:
             raise pieces.TargetExistsError(f"{target} was there, and went: it is tried again")
         work.state = HostState.EXISTING
         return found
+
+    async def _listed(
+        self, work: _Work, transport: _Transport
+    ) -> tuple[PieceList, Following | None]:
+        """The pieces of the image, with who follows their list where the transfer begins before its end.
+
+        There has to be room for it then, even if none of its pieces were zeros, and nothing in its
+        place that would first have to be compared with all of it.
+        """
+        image = work.wanted
+        following = Following(transport.api, image, rng=self._rng)
+        listed = await following.begin()
+        if isinstance(listed, Manifest):
+            return listed, None
+        if not await asyncio.to_thread(self._has_room, work, listed):
+            return await following.until_closed(), None
+        return listed, following
+
+    def _has_room(self, work: _Work, listed: PieceList) -> bool:
+        """Whether the place of the image is free, and there is room for all of it; blocks."""
+        held = self._shelf
+        if held.is_ours(work.placed) or held.target(work.placed).exists():
+            return False
+        try:
+            held.make_room(work.placed, listed)
+        except pieces.NoSpaceError:
+            return False
+        return True
+
+    async def _grow(
+        self,
+        work: _Work,
+        following: Following,
+        blob: Blob,
+        store: pieces.PieceStore,
+        transport: _Transport,
+    ) -> Manifest:
+        """All pieces are here, of the manifest that precache has closed in the end.
+
+        Raises:
+            GivenUp: what is here is nothing; it goes when precache has said what should be here now.
+            pieces.PieceStoreError: the disk refused.
+        """
+
+        def grew() -> None:
+            if work.download is not None:
+                work.download.grew()
+
+        async def close() -> Manifest:
+            closed = await following.until_closed(grew)
+            await _whole(store.allocate)  # beside the transfer: it may write the whole file
+            return closed
+
+        async with asyncio.TaskGroup() as group:
+            closing = group.create_task(close())
+            await self._transfer(work, blob, store, transport)
+        return closing.result()
 
     async def _find(self, work: _Work, listed: Manifest, stack: AsyncExitStack) -> Blob | None:
         """The image as it is in its place, open on the stack; None where it is not."""
@@ -418,7 +497,6 @@ class CacheAgent:
             blob,
             store,
             HttpPeerClient(
-                transport.session,
                 transport.wire,
                 store=store,
                 blob_id=work.blob_id,
@@ -441,7 +519,7 @@ class CacheAgent:
             work.placed, store, listed, replace=self._settings.replace_differing
         )
 
-    def _blob(self, work: _Work, listed: Manifest, fd: int, *, have: int) -> Blob:
+    def _blob(self, work: _Work, listed: PieceList, fd: int, *, have: int) -> Blob:
         key = bytes.fromhex(work.wanted.swarm_key)
         blob = Blob(work.blob_id, manifest=listed, key=key, fd=fd, have=have)
         blob.sent_bytes = work.sent_bytes  # totals of the agent's run, not of this file's
@@ -509,34 +587,6 @@ class CacheAgent:
             log.warning("repair_failed", image_id=work.wanted.image_id, reason=str(_first(group)))
         return found & ~blob.have
 
-    async def _manifest(self, image: DesiredImage, session: aiohttp.ClientSession) -> Manifest:
-        """The piece list, checked against the root that precache named.
-
-        Raises:
-            _Refused: it cannot be had, or is not what was asked for.
-        """
-        url = f"{self._settings.precache_url.rstrip('/')}/v1/blobs/{image.blob_id}/manifest"
-        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        timeout = aiohttp.ClientTimeout(total=60)
-        try:
-            async with session.get(url, headers=headers, timeout=timeout) as response:
-                if response.status != 200:
-                    raise _Refused(HostState.ERROR, f"manifest.refused: {response.status}")
-                body = await response.content.read(manifest.MAX_MANIFEST_BYTES + 1)
-                while chunk := await response.content.read(manifest.MAX_MANIFEST_BYTES + 1):
-                    body += chunk
-                    if len(body) > manifest.MAX_MANIFEST_BYTES:
-                        break
-            # parsing a large list takes a while
-            listed = await asyncio.to_thread(manifest.parse, body, root=bytes.fromhex(image.root))
-        except (aiohttp.ClientError, TimeoutError) as exc:
-            raise _Refused(HostState.ERROR, f"manifest.unreachable: {type(exc).__name__}") from exc
-        except ManifestError as exc:
-            raise _Refused(HostState.ERROR, f"manifest.invalid: {exc}") from exc
-        if listed.size_bytes != image.size_bytes:
-            raise _Refused(HostState.ERROR, "manifest.invalid: another size")
-        return listed
-
     # --- telling
 
     async def _report_forever(self, api: client.Api) -> None:
@@ -567,6 +617,7 @@ class CacheAgent:
         report = protocol.HostReport(
             url=self._url,
             session_id=self._session_id,
+            sequence=next(self._sequence),
             free_bytes=await asyncio.to_thread(_free_bytes, self._shelf.directory),
             link_bytes_per_second=settings.link_bytes_per_second,
             labels=dict(settings.labels),
@@ -658,6 +709,7 @@ async def create(context: AgentContext) -> None:
     agent: CacheAgent
     server = BlobServer(
         slots=settings.upload_slots,
+        queue=swarm.UPLOAD_QUEUE,
         on_sent=metrics.sent_bytes.inc,
         on_watcher=lambda host: agent.watched_by(host),
     )

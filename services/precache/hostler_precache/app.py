@@ -10,25 +10,31 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.staticfiles import StaticFiles
 
-from hostler_common import http, quarantine, runtime, service
+from hostler_common import http, quarantine, service
 from hostler_common.health import Health
+from hostler_common.settings import SettingsError
 from hostler_precache import api, messages, pages
-from hostler_precache.distribution import distributions_api, policies_api
+from hostler_precache.distribution import distributions_api, history_jobs, policies_api
 from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.history_store import HistoryStore
 from hostler_precache.distribution.policy_store import PolicyStore
 from hostler_precache.distribution.rollout_jobs import Rollouts
 from hostler_precache.jobs import FORGET_SECONDS, Pipeline
 from hostler_precache.metrics import Metrics
 from hostler_precache.settings import Settings
-from hostler_precache.sources import cloud, glance_events
-from hostler_precache.sources.plugins import Plugins
+from hostler_precache.sources import cloud, glance_events, plugins
+from hostler_precache.sources.plugins import Plugins, SeedSite, Server
 from hostler_precache.store import Store
-from hostler_precache.swarming import agent_api
+from hostler_precache.swarming import agent_api, garbage
+from hostler_precache.swarming.desires import Desires
+from hostler_precache.swarming.growths import Growths
 from hostler_precache.swarming.reports import Reports
 from hostler_precache.swarming.swarm_store import SwarmStore
 from hostler_precache.swarming.tracker import Tracker
-from hostler_precache.transfer import sites, tls
+from hostler_precache.transfer import tls
 from hostler_precache.transfer.blobs import BlobServer
+from hostler_precache.transfer.replica_store import ReplicaStore
+from hostler_precache.transfer.replicas import BEAT_SECONDS, Replicas
 from hostler_precache.transfer.seed import Seed
 
 PACKAGE = "hostler_precache"
@@ -74,16 +80,24 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         swarms, policies = SwarmStore(pool), PolicyStore(pool)
         tracker = Tracker(swarms, member_seconds=settings.member_seconds)
         reports = Reports(store, distributions, swarms)
+        desires = Desires(swarms)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         surroundings = cloud.surroundings(settings, session)
         server = BlobServer(slots=settings.upload_slots, on_sent=metrics.seed_sent_bytes.inc)
         seed = Seed(
             name=settings.seed_id,
-            url=await _serve_blobs(stack, server, settings),
+            url=await stack.enter_async_context(_seed_server(server, settings).serving()),
             directory=settings.data_dir,
             server=server,
         )
         stack.callback(seed.close)
+        replicas = Replicas(
+            seed=seed,
+            store=store,
+            replicas=ReplicaStore(pool),
+            tracking=tracker,
+            silent_seconds=settings.seed_silent_seconds,
+        )
         pipeline = Pipeline(
             settings=settings,
             store=store,
@@ -92,6 +106,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             tracking=tracker,
             policies=policies,
             seed=seed,
+            replicas=replicas,
             plugins=Plugins(surroundings),
             metrics=metrics,
         )
@@ -109,16 +124,32 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             )
         process.relay_outbox(pool, bus)
         process.spawn(reports.run(), name="reports")
+        process.spawn(desires.run(), name="desires")
         process.every(1.0, tracker.refresh, name="swarms")
+        collector = stack.enter_context(garbage.by_the_clock())
+        process.every(garbage.YOUNG_SECONDS, collector.collect, name="garbage")
         process.spawn(pipeline.fetch_forever(), name="fetch")
         rollouts = Rollouts(
-            settings=settings, store=store, distributions=distributions, swarms=tracker
+            settings=settings,
+            store=store,
+            distributions=distributions,
+            swarms=swarms,
+            tracking=tracker,
         )
         process.every(1.0, rollouts.advance, name="rollouts")
         process.spawn(pipeline.run_policies_forever(), name="policies")
+        process.every(BEAT_SECONDS, replicas.turn, name="replicas")
         process.every(60.0, pipeline.retire, name="retire")
         process.every(0.5, pipeline.tell_sent, name="tell_sent")
         process.every(10.0, pipeline.count, name="count")
+        history = history_jobs.History(
+            HistoryStore(pool),
+            store=store,
+            distributions=distributions,
+            swarms=swarms,
+            days=settings.history_days,
+        )
+        process.every(history_jobs.EVERY_SECONDS, history.forget, name="history")
         process.every(FORGET_SECONDS, pipeline.forget_old_keys, name="forget_old_keys")
         state = {
             "store": store,
@@ -126,6 +157,8 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             "swarms": swarms,
             "policies": policies,
             "tracker": tracker,
+            "growths": Growths(store),
+            "desires": desires,
             "reports": reports,
             "settings": settings,
             "quarantine": kept,
@@ -136,19 +169,25 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         await process.run()
 
 
-async def _serve_blobs(stack: AsyncExitStack, server: BlobServer, settings: Settings) -> str:
-    """Start the site that sends pieces, and return where it is reached."""
+def _seed_server(server: BlobServer, settings: Settings) -> Server:
+    """What sends the pieces that are in `server`.
+
+    Raises:
+        SettingsError: no server of the configured name is installed, or a certificate is wrong.
+    """
     contexts = tls.load(
         settings.peer_certificate_file, settings.peer_key_file, settings.peer_ca_file
     )
-    listener = runtime.bind(settings.http_host, settings.blob_port)
-    await stack.enter_async_context(
-        sites.serving(
-            server,
-            listener,
-            tls=contexts.server if contexts else None,
-            drain_seconds=settings.drain_seconds,
-        )
+    site = SeedSite(
+        directory=settings.data_dir,
+        blobs=server,
+        host=settings.http_host,
+        port=settings.blob_port,
+        url=settings.seed_url,
+        tls=contexts.server if contexts else None,
+        drain_seconds=settings.drain_seconds,
     )
-    scheme = "https" if contexts else "http"
-    return settings.seed_url or f"{scheme}://{settings.http_host}:{listener.getsockname()[1]}"
+    try:
+        return plugins.server(settings.server, site)
+    except plugins.UnknownPluginError as exc:
+        raise SettingsError(f"HOSTLER_PRECACHE_SERVER: {exc}") from exc

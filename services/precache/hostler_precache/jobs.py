@@ -19,6 +19,7 @@ from hostler_precache.distribution.distributions import (
     BlobState,
     DistributionState,
     FetchTask,
+    Growth,
     Policy,
     new_distribution_id,
 )
@@ -27,12 +28,14 @@ from hostler_precache.distribution.rollout import Rollout, Targets
 from hostler_precache.images import Image
 from hostler_precache.metrics import Metrics
 from hostler_precache.settings import Settings
-from hostler_precache.sources.fetch import Fetched, FetchProgress, fetch
+from hostler_precache.sources.fetch import Arriving, Fetched, FetchProgress, fetch
 from hostler_precache.sources.plugins import Plugins, SourceError, UnknownPluginError
 from hostler_precache.store import ImageDiffers, ImageNotFound, Store
 from hostler_precache.swarming import tokens, tracker
 from hostler_precache.swarming.swarm_store import SwarmStore
 from hostler_precache.transfer import pieces
+from hostler_precache.transfer.manifest import DIGEST_BYTES, BlobId, GrowingManifest, Manifest
+from hostler_precache.transfer.replicas import Replicas
 from hostler_precache.transfer.seed import Seed
 
 log = logs.get(__name__)
@@ -42,9 +45,20 @@ ResultT = TypeVar("ResultT")
 FORGET_SECONDS: Final = 3600.0
 IDLE_SECONDS: Final = 0.3
 POLICIES_SECONDS: Final = 1.0
+# hosts can fetch what has come since: each time costs a transaction, and each host a question
+GROWTH_SECONDS: Final = 0.2
 DETAIL_CHARACTERS: Final = 2000
 FIRST_RETRY_SECONDS: Final = 2.0
 LONGEST_RETRY_SECONDS: Final = 300.0
+
+
+class _OtherBytes(SourceError):
+    """The source sends other bytes than hosts were told of when it was asked before."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "source.changed", "the source sends other bytes than when the fetch began"
+        )
 
 
 class Pipeline:
@@ -60,6 +74,7 @@ class Pipeline:
         tracking: tracker.Tracker,
         policies: PolicyStore,
         seed: Seed,
+        replicas: Replicas,
         plugins: Plugins,
         metrics: Metrics,
     ) -> None:
@@ -70,8 +85,10 @@ class Pipeline:
         self._tracker = tracking
         self._policies = policies
         self._seed = seed
+        self._replicas = replicas
         self._plugins = plugins
         self._metrics = metrics
+        self._fetching: set[BlobId] = set()
 
     async def fetch_forever(self) -> None:
         """Serve what is on the disk, then fetch what somebody waits for, until cancelled."""
@@ -180,10 +197,9 @@ class Pipeline:
         return ("partial" if refused else "ok"), detail
 
     async def _distribute(self, connection: db.Connection, image: Image, policy: Policy) -> None:
-        distribution_id = new_distribution_id()
-        state = await self._distributions.add_distribution(
+        distribution_id, state = await self._distributions.add_distribution(
             connection,
-            distribution_id=distribution_id,
+            distribution_id=new_distribution_id(),
             image_id=image.image_id,
             targets=Targets(hosts=policy.hosts, labels=policy.labels),
             rollout=Rollout(),
@@ -191,7 +207,7 @@ class Pipeline:
             policy_id=policy.policy_id,
         )
         if state is DistributionState.DISTRIBUTING:  # its bytes are here already
-            blob = await self._store.ready_blob(connection, image.image_id)
+            blob = await self._store.served_blob(connection, image.image_id)
             await self._store.announce(
                 connection,
                 tracker.announcements(
@@ -206,6 +222,7 @@ class Pipeline:
 
     async def _resume(self) -> None:
         await self._store.seed_started(self._seed.name, self._seed.url)
+        await self._replicas.discard_leftovers()
         for record in await self._store.seed_blobs(self._seed.name):
             body = await self._store.manifest(uuid.UUID(record.blob_id))
             if not await self._seed.resume(record, body):
@@ -218,16 +235,27 @@ class Pipeline:
             seed_url=self._seed.url,
             swarm_key=secrets.token_bytes(tokens.KEY_BYTES),
             lease_seconds=self._settings.lease_seconds,
+            but=self._fetching,
         )
 
     async def _fetch(self, task: FetchTask) -> None:
+        self._fetching.add(task.blob_id)
+        try:
+            await self._fetch_claimed(task)
+        finally:
+            self._fetching.discard(task.blob_id)
+
+    async def _fetch_claimed(self, task: FetchTask) -> None:
         started = time.monotonic()
         log.info("fetch_started", image_id=task.image.image_id, attempt=task.attempts)
         fetched: Fetched | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 progress = FetchProgress()
-                renewing = group.create_task(self._keep_lease(task, progress))
+                beside = [
+                    group.create_task(self._keep_lease(task, progress)),
+                    group.create_task(self._tell_pieces(task, progress)),
+                ]
                 fetched = await fetch(
                     self._plugins.fetcher(task.image.fetcher),
                     task.image,
@@ -236,8 +264,12 @@ class Pipeline:
                     convert_to_raw=self._settings.convert_to_raw,
                     progress=progress,
                 )
-                renewing.cancel()
+                _require_extends(task.told, fetched.manifest)
+                for one in beside:
+                    one.cancel()
         except* Exception as failures:  # noqa: BLE001  a fetcher is a plugin: it may raise whatever it likes
+            fetched = None
+            self._seed.withdraw(task.blob_id)
             await self._failed(task, _first(failures))
         if fetched is None:
             return
@@ -268,6 +300,72 @@ class Pipeline:
             if not held:
                 raise SourceError("fetch.taken_over", "another replica has taken the fetch over")
 
+    async def _tell_pieces(self, task: FetchTask, progress: FetchProgress) -> None:
+        """Pieces go out while the rest still comes: hosts are told of each, and then may have it."""
+        await progress.has_arrived.wait()
+        await asyncio.sleep(GROWTH_SECONDS)  # what has come by then as a whole needs none of this
+        arriving = progress.arriving
+        assert arriving is not None
+        told = _told_before(task.told, arriving)
+        listed = GrowingManifest(
+            task.blob_id, size_bytes=arriving.size_bytes, piece_bytes=arriving.piece_bytes
+        )
+        try:
+            self._seed.grow(
+                task.blob_id,
+                task.swarm_key,
+                arriving.path,
+                listed,
+                sent=_told_pieces(task.told),
+            )
+        except pieces.PieceStoreError as exc:  # it may have got its final name just now
+            log.info("growth_not_begun", image_id=task.image.image_id, reason=str(exc))
+            return
+        while True:
+            first = listed.known
+            come, known = arriving.digests(first), told[first * DIGEST_BYTES :]
+            if not (come.startswith(known) or known.startswith(come)):
+                raise _OtherBytes
+            new = come[len(known) :]
+            if not new or await self._told(task, arriving, len(told) // DIGEST_BYTES, new):
+                told += new
+                listed.grow(first, come)
+                self._seed.grew(task.blob_id)
+            await asyncio.sleep(GROWTH_SECONDS)
+
+    async def _told(
+        self, task: FetchTask, arriving: Arriving, first_piece: int, digests: bytes
+    ) -> bool:
+        """Hosts are told of these pieces, or cannot be, as long as the database is away."""
+        growth = Growth(
+            size_bytes=arriving.size_bytes,
+            piece_bytes=arriving.piece_bytes,
+            first_piece=first_piece,
+            digests=digests,
+            root=None,
+        )
+        try:
+            async with db.transaction(self._store.pool) as connection:
+                grown = await self._store.grow(
+                    connection, task, seed=self._seed.name, growth=growth, begins=not first_piece
+                )
+                if grown is None:
+                    raise SourceError("fetch.taken_over", "another replica has taken it over")
+                blob, begun = grown
+                casts = tracker.announcements(
+                    blob,
+                    begun,
+                    public_url=self._settings.public_url,
+                    token_seconds=self._settings.token_seconds,
+                )
+                await self._store.announce(connection, casts)
+        except errors.Unavailable:
+            return False
+        if not first_piece:
+            self._tracker.forget(task.blob_id)
+            log.info("growth_begun", image_id=task.image.image_id, blob_id=task.blob_id)
+        return True
+
     async def _failed(self, task: FetchTask, exc: BaseException) -> None:
         match exc:
             case SourceError():
@@ -289,6 +387,19 @@ class Pipeline:
             retry_seconds=retry,
         )  # fmt: skip
         detail = _storable(f"{reason}: {exc}")
+        if isinstance(exc, _OtherBytes) and task.attempts < self._settings.fetch_attempts:
+            # as another blob: what hosts have of this one must never mix with what comes now
+            await self._patiently(
+                lambda: self._store.fetch_begins_anew(
+                    task,
+                    seed=self._seed.name,
+                    seed_url=self._seed.url,
+                    swarm_key=secrets.token_bytes(tokens.KEY_BYTES),
+                    reason=detail,
+                )
+            )
+            self._tracker.forget(task.blob_id)
+            return
         event = messages.IMAGE_FAILED.message(
             messages.ImageFailed(
                 image_id=task.image.image_id, blob_id=task.blob_id, reason=detail
@@ -304,11 +415,14 @@ class Pipeline:
                 messages=[event],
             )
         )
+        self._tracker.forget(task.blob_id)
 
     # --- serve and distribute
 
     async def _serve(self, task: FetchTask, fetched: Fetched) -> None:
-        await self._seed.serve(task.blob_id, task.swarm_key, fetched.manifest)
+        await self._seed.serve(
+            task.blob_id, task.swarm_key, fetched.manifest, sent=_told_pieces(task.told)
+        )
         record = BlobRecord(
             blob_id=task.blob_id,
             image_id=task.image.image_id,
@@ -368,6 +482,33 @@ class Pipeline:
                     log.warning("pipeline_waits", reason=exc.detail)
                 waiting = True
                 await asyncio.sleep(1.0)
+
+
+def _require_extends(told: Growth | None, made: Manifest) -> None:
+    """Raises _OtherBytes: hosts were told of pieces that are not of this manifest."""
+    if told is not None and (
+        (told.size_bytes, told.piece_bytes) != (made.size_bytes, made.piece_bytes)
+        or not made.digests.startswith(told.digests)
+    ):
+        raise _OtherBytes
+
+
+def _told_before(told: Growth | None, arriving: Arriving) -> bytes:
+    """The digests that hosts were told of in earlier attempts.
+
+    Raises:
+        _OtherBytes: of an image of another size.
+    """
+    if told is None:
+        return b""
+    if (told.size_bytes, told.piece_bytes) != (arriving.size_bytes, arriving.piece_bytes):
+        raise _OtherBytes
+    return told.digests
+
+
+def _told_pieces(told: Growth | None) -> int:
+    """The set of those that hosts were told of in earlier attempts, and so have probably got."""
+    return 0 if told is None else (1 << len(told.digests) // DIGEST_BYTES) - 1
 
 
 def _storable(text: str) -> str:

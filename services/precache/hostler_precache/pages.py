@@ -1,5 +1,7 @@
 """The service's pages: distributions and how far each host is, hosts, policies."""
 
+import asyncio
+import heapq
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -44,9 +46,15 @@ async def distribution(
     """One distribution, host by host, kept current by its events."""
     record = await records.distribution(distribution_id)
     hosts = await records.progress(distribution_id)
-    found = estimate.estimate(
-        record, hosts, seed_bytes_per_second=settings.link_bytes_per_second, now=datetime.now(UTC)
+    # of thousands of hosts this takes long, and others are to be answered meanwhile
+    found = await asyncio.to_thread(
+        estimate.estimate,
+        record,
+        hosts,
+        seed_bytes_per_second=settings.link_bytes_per_second,
+        now=datetime.now(UTC),
     )
+    urgent = await asyncio.to_thread(heapq.nsmallest, HOSTS_SHOWN, hosts, key=_urgency)
     return pages.render(
         request,
         "distribution.html",
@@ -60,7 +68,7 @@ async def distribution(
             slowest_host=found.slowest_host if found else None,
         )
         or "-",
-        hosts=sorted(hosts, key=_urgency)[:HOSTS_SHOWN],
+        hosts=urgent,
         host_count=len(hosts),
         rows_shown=HOSTS_SHOWN,
     )

@@ -67,7 +67,9 @@ class DesiredImage(_Wire):
     distribution_id: BlobIdText
     image_id: Annotated[str, Field(pattern=IMAGE_ID_PATTERN)]
     blob_id: BlobIdText
-    root: Hex
+    root: Hex | None = Field(
+        None, description="null while the seed still fetches: ask for the blob's growth"
+    )
     size_bytes: Count
     disk_format: str | None = None
     priority: int = 0
@@ -128,6 +130,10 @@ class HostReport(_Wire):
 
     url: Url = Field(description="where this host serves pieces")
     session_id: BlobIdText = Field(description="one run of the agent: its totals start at 0")
+    sequence: Count | None = Field(
+        None,
+        description="grows from report to report of a session: of two the larger one is meant",
+    )
     free_bytes: Count | None = None
     link_bytes_per_second: Count | None = Field(None, description="what its network card can do")
     labels: Labels = Field(default={}, description="`rack` decides who is whose neighbour")
@@ -141,6 +147,19 @@ class Swarm(_Wire):
     neighbours: list[Neighbour]
     limit_bytes_per_second: Count | None = None
     version: str = Field("", description="changes whenever anything of it may have changed")
+
+
+class Growth(_Wire):
+    """What a host is to know of a blob's pieces, from the first that it asked for on."""
+
+    size_bytes: Count
+    piece_bytes: Count
+    first_piece: Count
+    digests: str = Field(description="the sha256 of each piece, one after the other, in base64")
+    root: Hex | None = Field(
+        None, description="closes the list: all digests are told, and this is their root"
+    )
+    pause_seconds: float = Field(0.0, ge=0, description="ask again no sooner")
 
 
 class ReportReply(_Wire):

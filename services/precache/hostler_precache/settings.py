@@ -44,6 +44,9 @@ class Settings(settings.Settings):
     fetch_concurrency: int = Field(2, ge=1, le=16)
     fetch_attempts: int = Field(5, ge=1, description="tries before a transient failure is final")
     upload_slots: int = Field(4, ge=1, le=256, description="pieces sent at once")
+    server: str = Field(
+        "http", description="what sends pieces, of the entry points hostler.precache.servers"
+    )
     glance_url: str | None = Field(
         None,
         description="endpoint of Glance, without /v2; Keystone's catalogue names it otherwise",
@@ -96,8 +99,23 @@ class Settings(settings.Settings):
     seed_keep_seconds: float = Field(
         7 * 86400.0, ge=0, description="how long an image that nobody wants stays on this disk"
     )
+    seed_silent_seconds: float = Field(
+        900.0,
+        gt=5,
+        description="a replica that is gone for so long has no images any more: what hosts wait for"
+        " is fetched again by another",
+    )
+    history_days: int = Field(
+        30,
+        ge=1,
+        le=3650,
+        description="when a distribution that failed or was cancelled is forgotten",
+    )
     member_seconds: float = Field(
         30.0, gt=0, description="a host that has not reported for so long is nobody's neighbour"
+    )
+    canary_silent_seconds: float = Field(
+        300.0, gt=0, description="a canary that is not heard of for so long is skipped"
     )
     peer_certificate_file: Path | None = Field(
         None, description="this peer's certificate: with key and CA, pieces travel over TLS"
@@ -165,7 +183,7 @@ class AgentSettings(settings.ProcessSettings):
     reserve_bytes: int = Field(1 << 30, ge=0, description="what stays free beside images")
     downloads: int = Field(2, ge=1, le=16, description="images fetched at once")
     requests: int = Field(
-        10, ge=1, le=64, description="pieces asked for at once, an image; most wait at the senders"
+        7, ge=1, le=64, description="pieces asked for at once, an image; most wait at the senders"
     )
     upload_slots: int = Field(2, ge=1, le=256, description="pieces sent at once")
     labels: Annotated[

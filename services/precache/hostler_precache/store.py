@@ -5,7 +5,7 @@ the outbox inside it. Times are the database's.
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 from uuid import UUID
 
@@ -18,9 +18,12 @@ from hostler_precache.distribution.distributions import (
     BlobState,
     DistributionId,
     FetchTask,
+    Growth,
     ImageRecord,
 )
 from hostler_precache.images import Image, SourceHash, Verification
+from hostler_precache.protocol import HostState
+from hostler_precache.transfer import manifest as manifests
 from hostler_precache.transfer.manifest import BlobId, ImageId, Manifest
 
 MAX_BIGINT: Final = 2**63 - 1
@@ -109,7 +112,7 @@ class Store:
             raise ImageNotFound(f"no image {image_id}")
         await connection.execute(
             "UPDATE distribution SET state = 'cancelled', reason = 'image.deleted',"
-            "   finished_at = coalesce(finished_at, now())"
+            "   cancelled_at = now(), finished_at = coalesce(finished_at, now())"
             " WHERE image_id = $1 AND state IN ('fetching', 'distributing', 'done')",
             image_id,
         )
@@ -118,18 +121,6 @@ class Store:
             image_id,
         )
         return None if blob_id is None else BlobId(str(blob_id))
-
-    async def deleted_images(self, host: str) -> list[str]:
-        """Images that were deleted at their source lately, and that the host was told to get."""
-        async with db.connection(self._pool) as connection:
-            rows = await connection.fetch(
-                "SELECT image_id FROM image WHERE deleted_at > now() - interval '7 days'"
-                "   AND EXISTS (SELECT 1 FROM distribution d JOIN distribution_host h"
-                "     USING (distribution_id) WHERE d.image_id = image.image_id AND h.host = $1)"
-                " ORDER BY deleted_at LIMIT 1000",
-                host,
-            )
-        return [row["image_id"] for row in rows]
 
     async def image(self, image_id: str) -> ImageRecord:
         """The image.
@@ -173,21 +164,29 @@ class Store:
     # --- fetching
 
     async def claim_fetch(
-        self, *, seed: str, seed_url: str, swarm_key: bytes, lease_seconds: float
+        self,
+        *,
+        seed: str,
+        seed_url: str,
+        swarm_key: bytes,
+        lease_seconds: float,
+        but: Collection[BlobId] = (),
     ) -> FetchTask | None:
         """An image that somebody waits for and nobody fetches, now leased to this seed.
 
         That is one without a live blob, or one whose fetching replica has fallen silent or waits
-        to try again.
+        to try again; but none of those that this seed is fetching: after the database was away, their
+        leases are over.
         """
         async with db.transaction(self._pool) as connection:
             row = await connection.fetchrow(
                 "UPDATE blob SET seed = $1, seed_url = $2, attempts = attempts + 1,"
                 "   lease_until = now() + make_interval(secs => $3), fetched_bytes = 0"
                 " WHERE blob_id = (SELECT blob_id FROM blob WHERE state = 'fetching'"
-                "   AND lease_until < now() ORDER BY lease_until LIMIT 1 FOR UPDATE SKIP LOCKED)"
+                "   AND lease_until < now() AND NOT (seed = $1 AND blob_id = ANY ($4::uuid[]))"
+                "   ORDER BY lease_until LIMIT 1 FOR UPDATE SKIP LOCKED)"
                 " RETURNING blob_id, image_id, attempts, swarm_key",
-                seed, seed_url, lease_seconds,
+                seed, seed_url, lease_seconds, [UUID(one) for one in but],
             )  # fmt: skip
             if row is None:
                 row = await connection.fetchrow(
@@ -207,12 +206,14 @@ class Store:
             image = await connection.fetchrow(
                 "SELECT * FROM image WHERE image_id = $1", row["image_id"]
             )
+            told = await self._growth(connection, row["blob_id"], 0)
         assert image is not None
         return FetchTask(
             blob_id=BlobId(str(row["blob_id"])),
             image=_image(image),
             swarm_key=bytes(row["swarm_key"]),
             attempts=row["attempts"],
+            told=told,
         )
 
     async def renew_fetch(
@@ -227,6 +228,163 @@ class Store:
                 UUID(blob_id), seed, fetched_bytes, lease_seconds,
             )  # fmt: skip
         return status != "UPDATE 0"
+
+    async def grow(
+        self,
+        connection: db.Connection,
+        task: FetchTask,
+        *,
+        seed: str,
+        growth: Growth,
+        begins: bool,
+    ) -> tuple[BlobRecord, list[DistributionId]] | None:
+        """Hosts are told of more pieces of a blob that is being fetched.
+
+        When that `begins`, the distributions that wait for the image are distributing it.
+
+        Returns:
+            The blob and those distributions, or None when another replica, or another attempt, has
+            taken the fetch over.
+        """
+        if begins:
+            await self._hold_image(connection, task.blob_id)
+        row = await connection.fetchrow(
+            "UPDATE blob SET size_bytes = $4, piece_bytes = $5,"
+            "   fetched_bytes = greatest(fetched_bytes, least($4::bigint, $6::bigint * $5::integer))"
+            " WHERE blob_id = $1 AND seed = $2 AND attempts = $3 AND state = 'fetching'"
+            " RETURNING *, image_id AS blob_image",
+            UUID(task.blob_id), seed, task.attempts, growth.size_bytes, growth.piece_bytes,
+            growth.first_piece + len(growth.digests) // manifests.DIGEST_BYTES,
+        )  # fmt: skip
+        if row is None:
+            return None
+        await connection.execute(
+            # again, and perhaps more, when it is not known whether this was committed before
+            "INSERT INTO blob_growth (blob_id, first_piece, digests) VALUES ($1, $2, $3)"
+            " ON CONFLICT (blob_id, first_piece) DO UPDATE SET digests = excluded.digests",
+            UUID(task.blob_id), growth.first_piece, growth.digests,
+        )  # fmt: skip
+        begun = await self._distribute(connection, task.blob_id) if begins else []
+        return blob_record(row), begun
+
+    async def growth(self, blob_id: UUID, *, after: int) -> Growth:
+        """What hosts are to know of the blob's pieces from number `after` on.
+
+        Raises:
+            BlobNotFound: it is not served, or not any more.
+        """
+        async with db.transaction(self._pool) as connection:
+            # in this order: it may be complete in between, and is never incomplete again
+            growing = await self._growth(connection, blob_id, after)
+            if growing is not None:
+                return growing
+            body = await connection.fetchval(
+                "SELECT manifest FROM blob WHERE blob_id = $1 AND state = 'ready'", blob_id
+            )
+        if body is None:
+            raise BlobNotFound(f"no pieces of blob {blob_id} are told")
+        listed = manifests.parse(bytes(body))
+        return Growth(
+            size_bytes=listed.size_bytes,
+            piece_bytes=listed.piece_bytes,
+            first_piece=after,
+            digests=listed.digests[after * manifests.DIGEST_BYTES :],
+            root=listed.root,
+        )
+
+    async def _growth(self, connection: db.Connection, blob_id: UUID, after: int) -> Growth | None:
+        # one statement, so that what is told and whether it still holds are of one moment
+        rows = await connection.fetch(
+            "SELECT blob.size_bytes, blob.piece_bytes, g.first_piece, g.digests FROM blob"
+            " LEFT JOIN blob_growth g ON g.blob_id = blob.blob_id"
+            "   AND g.first_piece + length(g.digests) / $3 > $2"
+            " WHERE blob.blob_id = $1 AND blob.is_served AND blob.state = 'fetching'"
+            " ORDER BY g.first_piece",
+            blob_id, after, manifests.DIGEST_BYTES,
+        )  # fmt: skip
+        if not rows:
+            return None
+        runs = [row for row in rows if row["digests"] is not None]
+        # the first run may begin with what is known
+        known = (after - runs[0]["first_piece"]) * manifests.DIGEST_BYTES if runs else 0
+        return Growth(
+            size_bytes=rows[0]["size_bytes"],
+            piece_bytes=rows[0]["piece_bytes"],
+            first_piece=after,
+            digests=b"".join(bytes(row["digests"]) for row in runs)[known:],
+            root=None,
+        )
+
+    async def fetch_begins_anew(
+        self, task: FetchTask, *, seed: str, seed_url: str, swarm_key: bytes, reason: str
+    ) -> None:
+        """The bytes are not those that hosts were told of: they are fetched as another blob.
+
+        What hosts have of the old one is of no use any more. The attempts go on counting.
+        """
+        async with db.transaction(self._pool) as connection:
+            await self._hold_image(connection, task.blob_id)
+            row = await connection.fetchrow(
+                "UPDATE blob SET state = 'error', reason = $4 WHERE blob_id = $1 AND seed = $2"
+                "   AND attempts = $3 AND state = 'fetching' RETURNING image_id",
+                UUID(task.blob_id), seed, task.attempts, reason,
+            )  # fmt: skip
+            if row is None:
+                return
+            await self._forget_growth(connection, task.blob_id)
+            await self._recall(connection, task.blob_id)
+            await connection.execute(
+                "INSERT INTO blob (blob_id, image_id, state, seed, seed_url, swarm_key, attempts,"
+                "   reason, lease_until) VALUES ($1, $2, 'fetching', $3, $4, $5, $6, $7, now())",
+                uuid.uuid4(), row["image_id"], seed, seed_url, swarm_key, task.attempts, reason,
+            )  # fmt: skip
+
+    async def _hold_image(self, connection: db.Connection, blob_id: BlobId) -> None:
+        """A distribution that is being made of it is waited for: it sees the blob, or is seen after."""
+        await connection.execute(
+            "SELECT 1 FROM image WHERE image_id ="
+            "   (SELECT image_id FROM blob WHERE blob_id = $1) FOR NO KEY UPDATE",
+            UUID(blob_id),
+        )
+
+    async def _distribute(
+        self, connection: db.Connection, blob_id: BlobId
+    ) -> list[DistributionId]:
+        rows = await connection.fetch(
+            "UPDATE distribution d SET state = 'distributing', blob_id = blob.blob_id,"
+            "   announced_at = now() FROM blob"
+            " WHERE blob.blob_id = $1 AND d.image_id = blob.image_id AND d.state = 'fetching'"
+            " RETURNING distribution_id",
+            UUID(blob_id),
+        )
+        return [DistributionId(row["distribution_id"]) for row in rows]
+
+    async def _recall(self, connection: db.Connection, blob_id: BlobId) -> None:
+        """Whoever distributes the blob waits for the image again; hosts say anew what they have.
+
+        What is done is not done with: hosts come later, and those that have it are told to keep it.
+        """
+        await self._reset_hosts(connection, blob_id, [state.value for state in HostState])
+        await connection.execute(
+            "UPDATE distribution SET state = 'fetching', blob_id = NULL, announced_at = NULL,"
+            "   finished_at = NULL WHERE blob_id = $1 AND state IN ('distributing', 'done')",
+            UUID(blob_id),
+        )
+
+    async def _reset_hosts(
+        self, connection: db.Connection, blob_id: BlobId, states: Sequence[str]
+    ) -> None:
+        await connection.execute(
+            "UPDATE distribution_host SET state = 'waiting', reason = NULL, pieces_done = 0,"
+            "   bytes_done = 0, coverage = '', started_at = NULL, finished_at = NULL"
+            " WHERE distribution_id IN (SELECT distribution_id FROM distribution"
+            "   WHERE blob_id = $1 AND state IN ('distributing', 'done')) AND state = ANY ($2)",
+            UUID(blob_id),
+            states,
+        )
+
+    async def _forget_growth(self, connection: db.Connection, blob_id: BlobId) -> None:
+        await connection.execute("DELETE FROM blob_growth WHERE blob_id = $1", UUID(blob_id))
 
     async def fetch_finished(
         self,
@@ -243,28 +401,23 @@ class Store:
         Returns:
             Those distributions, or None when another replica has taken the fetch over.
         """
-        # a distribution that is being made of it is waited for: it sees the blob, or is seen below
-        await connection.execute(
-            "SELECT 1 FROM image WHERE image_id ="
-            "   (SELECT image_id FROM blob WHERE blob_id = $1) FOR NO KEY UPDATE",
-            UUID(blob_id),
-        )
-        row = await connection.fetchrow(
+        await self._hold_image(connection, blob_id)
+        status = await connection.execute(
             "UPDATE blob SET state = 'ready', reason = NULL, size_bytes = $3, fetched_bytes = $3,"
             "   root = $4, manifest = $5, verification = $6, disk_format = $7, ready_at = now()"
-            " WHERE blob_id = $1 AND seed = $2 AND state = 'fetching' RETURNING image_id",
+            " WHERE blob_id = $1 AND seed = $2 AND state = 'fetching'",
             UUID(blob_id), seed, manifest.size_bytes, manifest.root, manifest.to_json(),
             verification.value, disk_format,
         )  # fmt: skip
-        if row is None:
+        if status == "UPDATE 0":
             return None
-        rows = await connection.fetch(
-            "UPDATE distribution SET state = 'distributing', blob_id = $2, announced_at = now()"
-            " WHERE image_id = $1 AND state = 'fetching' RETURNING distribution_id",
-            row["image_id"],
+        await self._forget_growth(connection, blob_id)
+        begun = await self._distribute(connection, blob_id)
+        await connection.execute(
+            "UPDATE distribution SET failures = 0 WHERE blob_id = $1 AND failures > 0",
             UUID(blob_id),
         )
-        return [DistributionId(row["distribution_id"]) for row in rows]
+        return begun
 
     async def fetch_failed(
         self,
@@ -275,8 +428,12 @@ class Store:
         retry_seconds: float | None,
         messages: Sequence[Message] = (),
     ) -> None:
-        """The fetch is tried again after a time, or, without one, it and its distributions fail."""
+        """The fetch is tried again after a time, or, without one, it and its distributions fail.
+
+        What hosts have of it stays of use in the one case, and is nothing in the other.
+        """
         async with db.transaction(self._pool) as connection:
+            await self._hold_image(connection, blob_id)
             row = await connection.fetchrow(
                 "UPDATE blob SET state = CASE WHEN $4::float8 IS NULL THEN 'error'"
                 "     ELSE 'fetching' END,"
@@ -286,12 +443,15 @@ class Store:
             )  # fmt: skip
             if row is None or retry_seconds is not None:
                 return
+            await self._forget_growth(connection, blob_id)
+            await self._reset_hosts(connection, blob_id, ["waiting", "transferring"])
             await connection.execute(
-                "UPDATE distribution SET state = 'error', reason = $2, finished_at = now()"
-                " WHERE image_id = $1 AND state = 'fetching'",
-                row["image_id"],
-                reason,
-            )
+                "UPDATE distribution SET state = 'error', reason = $2, last_failure = $2,"
+                "   failures = failures + 1, finished_at = now()"
+                " WHERE (image_id = $1 AND state = 'fetching')"
+                "   OR (blob_id = $3 AND state IN ('distributing', 'done'))",
+                row["image_id"], reason, UUID(blob_id),
+            )  # fmt: skip
             await outbox.add(connection, messages)
 
     async def seed_blobs(self, seed: str) -> list[BlobRecord]:
@@ -315,18 +475,18 @@ class Store:
                 seed,
             )
 
-    async def ready_blob(self, connection: db.Connection, image_id: str) -> BlobRecord:
-        """The complete blob of an image.
+    async def served_blob(self, connection: db.Connection, image_id: str) -> BlobRecord:
+        """The blob of an image whose pieces hosts may fetch: all of them, or those that have come.
 
         Raises:
             BlobNotFound: there is none.
         """
         row = await connection.fetchrow(
-            "SELECT *, image_id AS blob_image FROM blob WHERE image_id = $1 AND state = 'ready'",
+            "SELECT *, image_id AS blob_image FROM blob WHERE image_id = $1 AND is_served",
             image_id,
         )
         if row is None:
-            raise BlobNotFound(f"no complete blob of image {image_id}")
+            raise BlobNotFound(f"no blob of image {image_id} is served")
         return blob_record(row)
 
     async def retire_blobs(self, seed: str, *, idle_seconds: float) -> list[BlobId]:
@@ -347,7 +507,7 @@ class Store:
                 " WHERE image.image_id = blob.image_id AND blob.blob_id = ANY ($1::uuid[])"
                 "   AND NOT EXISTS (SELECT 1 FROM distribution d WHERE d.blob_id = blob.blob_id"
                 "     AND (d.state IN ('fetching', 'distributing', 'done')"
-                "       OR d.finished_at > now() - make_interval(secs => $2)"
+                "       OR greatest(d.finished_at, d.cancelled_at) > now() - make_interval(secs => $2)"
                 "         AND image.deleted_at IS NULL))"
                 "   AND (image.deleted_at IS NOT NULL"
                 "     OR blob.ready_at < now() - make_interval(secs => $2))"
@@ -365,20 +525,7 @@ class Store:
                 UUID(blob_id),
                 reason,
             )
-            # hosts say anew what they have: it is another blob, and what is done is not done with,
-            # since hosts come later and those that have it are told to keep it
-            await connection.execute(
-                "UPDATE distribution_host SET state = 'waiting', reason = NULL, pieces_done = 0,"
-                "   bytes_done = 0, coverage = '', started_at = NULL, finished_at = NULL"
-                " WHERE distribution_id IN (SELECT distribution_id FROM distribution"
-                "   WHERE blob_id = $1 AND state IN ('distributing', 'done'))",
-                UUID(blob_id),
-            )
-            await connection.execute(
-                "UPDATE distribution SET state = 'fetching', blob_id = NULL, announced_at = NULL,"
-                "   finished_at = NULL WHERE blob_id = $1 AND state IN ('distributing', 'done')",
-                UUID(blob_id),
-            )
+            await self._recall(connection, blob_id)
 
     async def manifest(self, blob_id: UUID) -> bytes:
         """The manifest of a complete blob.

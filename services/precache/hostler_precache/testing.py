@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -45,13 +46,20 @@ async def http_server(handler: Handler, path: str = "/{path:.*}") -> AsyncIterat
 
 @dataclass(slots=True)
 class Source:
-    """An HTTP server of image bytes. What it serves may be changed while it runs."""
+    """An HTTP server of image bytes. What it serves, and how, may be changed while it runs.
+
+    It may break off after so many bytes, or pause there until it is told to go on, or send no faster.
+    """
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     break_after: int | None = None
     hold: asyncio.Event | None = None
+    pause_after: int | None = None
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    bytes_per_second: int | None = None
+    broken: int = 0
 
     def add(self, name: str, data: bytes) -> str:
         """Serve the bytes; their URL."""
@@ -68,12 +76,28 @@ class Source:
         response = web.StreamResponse()
         response.content_length = len(body)
         await response.prepare(request)
+        if self.pause_after is not None:
+            await response.write(body[: self.pause_after])
+            await self.go_on.wait()
+            body = body[self.pause_after :]
+        if self.bytes_per_second is not None:
+            await self._trickle(response, body)
+            return response
         await response.write(body[: self.break_after])
         if self.hold is not None:
             await self.hold.wait()
         if self.break_after is not None and request.transport is not None:
             request.transport.close()
+            self.broken += 1
         return response
+
+    async def _trickle(self, response: web.StreamResponse, body: bytes) -> None:
+        assert self.bytes_per_second is not None
+        began, step = time.monotonic(), max(1, self.bytes_per_second // 50)
+        for start in range(0, len(body), step):
+            await response.write(body[start : start + step])
+            due = began + min(len(body), start + step) / self.bytes_per_second
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
 
 
 @asynccontextmanager
@@ -231,9 +255,9 @@ async def service_process(
 ) -> AsyncIterator[Program]:
     """The precache service on a migrated database is ready; stopped on leaving, unless dead.
 
-    Images are kept in `directory`; its log is beside it.
+    Images are kept in `directory`; its log is beside it. The port is a free one unless it is set.
     """
-    port = servers.free_port()
+    port = int(str((settings or {}).get("http_port", servers.free_port())))
     log = directory.with_name(f"{directory.name}-{port}.log")
     own = {
         "HOSTLER_AMQP_URL": amqp_url,

@@ -23,6 +23,7 @@ class Limit(StrEnum):
     HOST = "the slowest host's downlink"
     UPLINKS = "the uplinks of the seed and all hosts together"
     RULE = "the limit of the distribution"
+    SOURCE = "the image's source"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,8 @@ def bound(
     """
     if not hosts_bytes_per_second or not size_bytes:
         return Bound(seconds=0.0, limit=Limit.SEED)
-    slowest = min(hosts_bytes_per_second, key=lambda host: (hosts_bytes_per_second[host], host))
+    lowest = min(hosts_bytes_per_second.values())
+    slowest = min(host for host, rate in hosts_bytes_per_second.items() if rate == lowest)
     count = len(hosts_bytes_per_second)
     uplinks = seed_bytes_per_second + sum(hosts_bytes_per_second.values())
     terms = [
@@ -65,6 +67,13 @@ def bound(
     return Bound(
         seconds=seconds, limit=limit, slowest_host=slowest if limit is Limit.HOST else None
     )
+
+
+def with_source(found: Bound, source_seconds: float) -> Bound:
+    """The bound where the seed itself has the last byte only after so long."""
+    if source_seconds <= found.seconds:
+        return found
+    return Bound(seconds=source_seconds, limit=Limit.SOURCE)
 
 
 def ends_at(begins_at: datetime, seconds: float) -> datetime | None:

@@ -3,9 +3,11 @@
 Each function is one transaction unless it takes a connection. Times are the database's.
 """
 
+import asyncio
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, time
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
@@ -17,6 +19,7 @@ from hostler_precache.distribution.distributions import (
     Distribution,
     DistributionId,
     DistributionState,
+    HostEnded,
     HostProgress,
     LiveDistribution,
     Policy,
@@ -26,7 +29,21 @@ from hostler_precache.distribution.rollout import Rollout, Targets, Window, is_o
 from hostler_precache.store import MAX_BIGINT, ImageNotFound, blob_record
 from hostler_precache.transfer.manifest import BlobId
 
+HOSTS_AT_ONCE: Final = 500
 _LIVE = ("fetching", "distributing")
+FIRST_RETRY_SECONDS: Final = 300.0
+LONGEST_RETRY_SECONDS: Final = 6 * 3600.0
+
+# When a policy tries an image again that could not be fetched: each failure in a row doubles the time.
+_RETRY_AT = (
+    "d.finished_at + make_interval(secs => CASE WHEN d.failures = 0 THEN 0 ELSE"
+    f" least({LONGEST_RETRY_SECONDS}, {FIRST_RETRY_SECONDS} * 2 ^ (least(d.failures, 30) - 1)) END)"
+)
+# Of a policy's distributions, those that its run leaves as they are.
+_STANDS = (
+    "(d.state IN ('fetching', 'distributing', 'done')"
+    f" OR d.state = 'error' AND {_RETRY_AT} > now())"
+)
 
 # The hosts of targets ($2 names, $3 labels, $4 percent) in the order that a hash of their names
 # with $1 gives: which hosts make up a share of all, and which go first.
@@ -72,11 +89,15 @@ class DistributionStore:
         rollout: Rollout,
         priority: int,
         policy_id: PolicyId | None = None,
-    ) -> DistributionState:
+    ) -> tuple[DistributionId, DistributionState]:
         """The image is wanted on these hosts. It is distributing if its bytes are here.
 
         Which hosts make up a share of them, and which go first, a hash of the distribution and
-        their names decides.
+        their names decides. A policy has one distribution of an image: where it was over it begins
+        anew under its own id, and knows what its last failure was; where it is not, it stays as it is.
+
+        Returns:
+            The id that it has, and its state.
 
         Raises:
             ImageNotFound: nobody has named the image, or it is deleted at its source.
@@ -97,8 +118,9 @@ class DistributionStore:
             " FOR SHARE",
             image_id,
         )
-        state = await connection.fetchval(
-            "INSERT INTO distribution (distribution_id, image_id, policy_id, hosts, priority,"
+        await self._clear(connection, policy_id, image_id)
+        row = await connection.fetchrow(
+            "INSERT INTO distribution AS old (distribution_id, image_id, policy_id, hosts, priority,"
             "   state, blob_id, announced_at, labels, percent, canary_percent, wave, deadline_at,"
             "   deadline_percent, host_bytes_per_second, total_bytes_per_second, windows, is_open)"
             " SELECT $1, $2, $3, $4, $5, CASE WHEN ready.blob_id IS NULL THEN 'fetching'"
@@ -107,22 +129,54 @@ class DistributionStore:
             "   $7, $8, $9, CASE WHEN $9::integer IS NULL THEN 1 ELSE 0 END, $10, $11, $12, $13,"
             "   $14, $15"
             " FROM (SELECT 1) one LEFT JOIN blob ready"
-            "   ON ready.blob_id = $6 AND ready.state = 'ready'"
-            " RETURNING state",
+            "   ON ready.blob_id = $6 AND ready.is_served"
+            " ON CONFLICT (policy_id, image_id) WHERE policy_id IS NOT NULL DO UPDATE SET"
+            "   hosts = excluded.hosts, priority = excluded.priority, state = excluded.state,"
+            "   blob_id = excluded.blob_id, announced_at = excluded.announced_at,"
+            "   labels = excluded.labels, percent = excluded.percent, wave = excluded.wave,"
+            "   canary_percent = excluded.canary_percent, deadline_at = excluded.deadline_at,"
+            "   deadline_percent = excluded.deadline_percent, deadline_met = NULL,"
+            "   host_bytes_per_second = excluded.host_bytes_per_second,"
+            "   total_bytes_per_second = excluded.total_bytes_per_second,"
+            "   windows = excluded.windows, is_open = excluded.is_open, paused_at = NULL,"
+            "   paused_reason = NULL, reason = NULL, finished_at = NULL, cancelled_at = NULL"
+            " WHERE old.state IN ('error', 'cancelled') RETURNING distribution_id, state",
             distribution_id, image_id, policy_id, targets.hosts, priority, blob_id,
             dict(targets.labels), targets.percent, rollout.canary_percent, rollout.deadline_at,
             rollout.deadline_percent, rollout.host_bytes_per_second,
             rollout.total_bytes_per_second, [_window_row(one) for one in rollout.windows],
             is_open(rollout.windows, datetime.now(UTC)),
         )  # fmt: skip
+        if row is None:
+            row = await connection.fetchrow(
+                "SELECT distribution_id, state FROM distribution"
+                " WHERE policy_id = $1 AND image_id = $2",
+                policy_id,
+                image_id,
+            )
+            assert row is not None
+            return DistributionId(row["distribution_id"]), DistributionState(row["state"])
         await connection.execute(
             "INSERT INTO distribution_host (distribution_id, host, wave)"  # noqa: S608  the clause is ours
             " SELECT $1::uuid, host, CASE WHEN n <= ceil(taken * $5::integer / 100.0) THEN 0"
             f"   ELSE 1 END FROM ({_CHOSEN}) chosen",
-            str(distribution_id), targets.hosts, dict(targets.labels), targets.percent,
+            str(row["distribution_id"]), targets.hosts, dict(targets.labels), targets.percent,
             rollout.canary_percent,
         )  # fmt: skip
-        return DistributionState(state)
+        return DistributionId(row["distribution_id"]), DistributionState(row["state"])
+
+    async def _clear(
+        self, connection: db.Connection, policy_id: PolicyId | None, image_id: str
+    ) -> None:
+        """What hosts did for the policy's distribution of the image while it was not over yet is gone."""
+        for table in ("distribution_host", "transfer"):
+            await connection.execute(
+                f"DELETE FROM {table} WHERE distribution_id = (SELECT distribution_id"  # noqa: S608  the table is ours
+                "   FROM distribution WHERE policy_id = $1 AND image_id = $2"
+                "     AND state IN ('error', 'cancelled'))",
+                policy_id,
+                image_id,
+            )
 
     async def chosen(self, targets: Targets) -> list[Candidate]:
         """The hosts that a distribution to these targets would choose now; of a share, one choice."""
@@ -258,6 +312,83 @@ class DistributionStore:
             for row in rows
         ]
 
+    async def canaries_silent_seconds(
+        self, connection: db.Connection, distribution_id: DistributionId
+    ) -> dict[str, float]:
+        """Of each canary that has not ended: how long nothing was heard of it.
+
+        From when the image was announced to it, at the earliest; a host that no agent has ever
+        spoken for is silent from then on.
+        """
+        rows = await connection.fetch(
+            "SELECT h.host, extract(epoch FROM now() - greatest(host.seen_at, d.announced_at))"
+            "     ::float8 AS seconds"
+            " FROM distribution d JOIN distribution_host h USING (distribution_id)"
+            " LEFT JOIN host ON host.host = h.host"
+            " WHERE d.distribution_id = $1 AND d.announced_at IS NOT NULL AND h.wave = 0"
+            "   AND h.state IN ('waiting', 'transferring')",
+            distribution_id,
+        )
+        return {row["host"]: row["seconds"] for row in rows}
+
+    async def skip(
+        self,
+        connection: db.Connection,
+        distribution_id: DistributionId,
+        hosts: Sequence[str],
+        *,
+        reason: str,
+    ) -> list[HostEnded]:
+        """These hosts, as far as they have not ended yet, are skipped; returns them as they ended.
+
+        One that speaks again says itself how far it is.
+        """
+        rows = await connection.fetch(
+            "WITH ended AS (UPDATE distribution_host SET state = 'skipped', reason = $3,"
+            "     updated_at = now(), finished_at = now()"
+            # who is just being written has spoken, and its writer waits for the distribution
+            "   WHERE distribution_id = $1 AND host = ANY (ARRAY (SELECT host FROM distribution_host"
+            "     WHERE distribution_id = $1 AND host = ANY ($2::text[])"
+            "       AND state IN ('waiting', 'transferring') FOR UPDATE SKIP LOCKED))"
+            "   RETURNING host)"
+            " SELECT ended.host, d.image_id, row_number() OVER (ORDER BY ended.host) AS n,"
+            "   (SELECT count(*) FROM distribution_host h WHERE h.distribution_id = $1) AS total,"
+            # the statement sees the hosts as they were before it
+            "   (SELECT count(*) FROM distribution_host h WHERE h.distribution_id = $1"
+            "     AND h.state NOT IN ('waiting', 'transferring')) AS before"
+            " FROM ended, distribution d WHERE d.distribution_id = $1",
+            distribution_id,
+            list(hosts),
+            reason,
+        )
+        return [
+            HostEnded(
+                distribution_id=distribution_id,
+                image_id=row["image_id"],
+                host=row["host"],
+                state="skipped",
+                index=row["before"] + row["n"],
+                total=row["total"],
+            )
+            for row in rows
+        ]
+
+    async def states(
+        self, connection: db.Connection, distribution_id: DistributionId
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """How many of its canaries are in which state, and how many of all its hosts."""
+        rows = await connection.fetch(
+            "SELECT wave, state, count(*) AS n FROM distribution_host WHERE distribution_id = $1"
+            " GROUP BY wave, state",
+            distribution_id,
+        )
+        canaries, hosts = Counter[str](), Counter[str]()
+        for row in rows:
+            hosts[row["state"]] += row["n"]
+            if row["wave"] == 0:
+                canaries[row["state"]] += row["n"]
+        return dict(canaries), dict(hosts)
+
     async def advance(
         self,
         connection: db.Connection,
@@ -276,7 +407,7 @@ class DistributionStore:
 
     async def _blob(self, connection: db.Connection, blob_id: UUID) -> BlobRecord | None:
         row = await connection.fetchrow(
-            "SELECT *, image_id AS blob_image FROM blob WHERE blob_id = $1 AND state = 'ready'",
+            "SELECT *, image_id AS blob_image FROM blob WHERE blob_id = $1 AND is_served",
             blob_id,
         )
         return None if row is None else blob_record(row)
@@ -290,6 +421,7 @@ class DistributionStore:
         async with db.transaction(self._pool) as connection:
             row = await connection.fetchrow(
                 "UPDATE distribution SET finished_at = coalesce(finished_at, now()),"
+                "   cancelled_at = coalesce(cancelled_at, now()),"
                 "   state = CASE WHEN state = 'error' THEN state ELSE 'cancelled' END"
                 " WHERE distribution_id = $1 RETURNING blob_id",
                 distribution_id,
@@ -306,7 +438,8 @@ class DistributionStore:
         Those of images that it lists no more are withdrawn, which unpins their files.
 
         Returns:
-            The images that it has live distributions of, and the blobs whose swarms changed.
+            The images that need no distribution now, since they have one or wait to be tried again,
+            and the blobs whose swarms changed.
         """
         changed = await connection.fetch(
             "SELECT distribution_id, blob_id FROM distribution"
@@ -317,7 +450,7 @@ class DistributionStore:
         )  # fmt: skip
         await self._retarget(connection, [row["distribution_id"] for row in changed], policy)
         withdrawn = await connection.fetch(
-            "UPDATE distribution SET state = 'cancelled',"
+            "UPDATE distribution SET state = 'cancelled', cancelled_at = now(),"
             "   finished_at = coalesce(finished_at, now()), reason = 'policy: listed no more'"
             " WHERE policy_id = $1 AND state IN ('fetching', 'distributing', 'done')"
             "   AND image_id <> ALL ($2::text[]) RETURNING blob_id",
@@ -325,8 +458,7 @@ class DistributionStore:
             list(listed),
         )
         images = await connection.fetch(
-            "SELECT DISTINCT image_id FROM distribution WHERE policy_id = $1"
-            "   AND state IN ('fetching', 'distributing', 'done')",
+            f"SELECT image_id FROM distribution d WHERE policy_id = $1 AND {_STANDS}",  # noqa: S608  the clause is ours
             policy.policy_id,
         )
         moved = [BlobId(str(row["blob_id"])) for row in (*withdrawn, *changed) if row["blob_id"]]
@@ -375,11 +507,14 @@ class DistributionStore:
     async def has_distribution(
         self, connection: db.Connection, policy_id: PolicyId, image_id: str
     ) -> bool:
-        """Whether a distribution of the policy has the image on its hosts, or is to."""
+        """Whether the policy's distribution of the image needs nothing now.
+
+        It has it on its hosts, or is to, or has failed and waits to be tried again.
+        """
         return bool(
             await connection.fetchval(
-                "SELECT EXISTS (SELECT 1 FROM distribution WHERE policy_id = $1 AND image_id = $2"
-                "   AND state IN ('fetching', 'distributing', 'done'))",
+                "SELECT EXISTS (SELECT 1 FROM distribution d"  # noqa: S608  the clause is ours
+                f"  WHERE policy_id = $1 AND image_id = $2 AND {_STANDS})",
                 policy_id,
                 image_id,
             )
@@ -414,7 +549,9 @@ class DistributionStore:
         async with db.connection(self._pool) as connection:
             rows = await connection.fetch(
                 "SELECT d.*, blob.size_bytes, blob.verification,"  # noqa: S608  the clause is ours
-                "   coalesce(blob.fetched_bytes, 0) AS fetched_bytes,"
+                f"  CASE WHEN d.policy_id IS NOT NULL AND d.state = 'error' THEN {_RETRY_AT} END"
+                "     AS retry_at,"
+                "   coalesce(blob.fetched_bytes, 0) AS fetched_bytes, blob.ready_at AS fetched_at,"
                 "   coalesce(sent.by_seed, 0) AS by_seed, coalesce(sent.by_peers, 0) AS by_peers,"
                 "   coalesce(states.counts, '{}'::jsonb) AS host_states"
                 " FROM distribution d"
@@ -437,45 +574,29 @@ class DistributionStore:
         return [_distribution(row) for row in rows]
 
     async def progress(self, distribution_id: UUID) -> list[HostProgress]:
-        """Every host of the distribution, by name."""
+        """Every host of the distribution, by name. Of thousands it lets others be answered in between."""
         async with db.connection(self._pool) as connection:
             rows = await connection.fetch(
                 "SELECT h.*, coalesce(t.sent, 0) AS sent, coalesce(t.seed, 0) AS seed,"
                 "   coalesce(t.peers, 0) AS peers, coalesce(t.rack, 0) AS rack,"
                 "   coalesce(t.wasted, 0) AS wasted, host.link_bytes_per_second"
-                " FROM distribution_host h LEFT JOIN host USING (host) LEFT JOIN LATERAL (SELECT"
+                " FROM distribution_host h LEFT JOIN host USING (host) LEFT JOIN (SELECT host,"
                 "     least(coalesce(sum(sent_bytes), 0), $2)::bigint AS sent,"
                 "     least(coalesce(sum(received_from_seed_bytes), 0), $2)::bigint AS seed,"
                 "     least(coalesce(sum(received_from_peers_bytes), 0), $2)::bigint AS peers,"
                 "     least(coalesce(sum(received_from_rack_bytes), 0), $2)::bigint AS rack,"
                 "     least(coalesce(sum(wasted_bytes), 0), $2)::bigint AS wasted FROM transfer t"
-                "   WHERE t.distribution_id = h.distribution_id AND t.host = h.host"
-                "     AND NOT t.is_seed) t ON true"
+                "   WHERE distribution_id = $1 AND NOT is_seed GROUP BY host) t USING (host)"
                 " WHERE h.distribution_id = $1 ORDER BY h.host",
                 distribution_id,
                 MAX_BIGINT,
             )
-        return [
-            HostProgress(
-                host=row["host"],
-                state=row["state"],
-                reason=row["reason"],
-                pieces_done=row["pieces_done"],
-                bytes_done=row["bytes_done"],
-                sent_bytes=row["sent"],
-                received_from_seed_bytes=row["seed"],
-                received_from_peers_bytes=row["peers"],
-                received_from_rack_bytes=row["rack"],
-                wasted_bytes=row["wasted"],
-                coverage=row["coverage"],
-                wave=row["wave"],
-                link_bytes_per_second=row["link_bytes_per_second"],
-                started_at=row["started_at"],
-                updated_at=row["updated_at"],
-                finished_at=row["finished_at"],
-            )
-            for row in rows
-        ]
+        found = []
+        for number, row in enumerate(rows, start=1):
+            if number % HOSTS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            found.append(_progress(row))
+        return found
 
     async def host_states(
         self, connection: db.Connection, distribution_id: DistributionId
@@ -484,12 +605,8 @@ class DistributionStore:
         image_id = await connection.fetchval(
             "SELECT image_id FROM distribution WHERE distribution_id = $1", distribution_id
         )
-        rows = await connection.fetch(
-            "SELECT state, count(*) AS n FROM distribution_host WHERE distribution_id = $1"
-            " GROUP BY state",
-            distribution_id,
-        )
-        return image_id, {row["state"]: row["n"] for row in rows}
+        _, hosts = await self.states(connection, distribution_id)
+        return image_id, hosts
 
     async def count_states(self) -> dict[str, int]:
         """How many distributions are in which state."""
@@ -498,6 +615,27 @@ class DistributionStore:
                 "SELECT state, count(*) AS n FROM distribution GROUP BY state"
             )
         return {row["state"]: row["n"] for row in rows}
+
+
+def _progress(row: asyncpg.Record) -> HostProgress:
+    return HostProgress(
+        host=row["host"],
+        state=row["state"],
+        reason=row["reason"],
+        pieces_done=row["pieces_done"],
+        bytes_done=row["bytes_done"],
+        sent_bytes=row["sent"],
+        received_from_seed_bytes=row["seed"],
+        received_from_peers_bytes=row["peers"],
+        received_from_rack_bytes=row["rack"],
+        wasted_bytes=row["wasted"],
+        coverage=row["coverage"],
+        wave=row["wave"],
+        link_bytes_per_second=row["link_bytes_per_second"],
+        started_at=row["started_at"],
+        updated_at=row["updated_at"],
+        finished_at=row["finished_at"],
+    )
 
 
 def _require_live(distribution_id: UUID, state: str | None) -> None:
@@ -557,8 +695,12 @@ def _distribution(row: asyncpg.Record) -> Distribution:
         if row["paused_at"] is not None and row["state"] in _LIVE
         else DistributionState(row["state"]),
         reason=row["reason"],
+        failures=row["failures"],
+        last_failure=row["last_failure"],
+        retry_at=row["retry_at"],
         size_bytes=row["size_bytes"],
         fetched_bytes=row["fetched_bytes"],
+        fetched_at=row["fetched_at"],
         verification=row["verification"],
         seed_sent_bytes=row["by_seed"],
         peers_sent_bytes=row["by_peers"],

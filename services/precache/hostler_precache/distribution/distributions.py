@@ -70,13 +70,25 @@ class BlobRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """What hosts are told of the pieces of a blob, from `first_piece` on; with a root, that is all."""
+
+    size_bytes: int
+    piece_bytes: int
+    first_piece: int
+    digests: bytes
+    root: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FetchTask:
-    """A fetch that this replica has the lease of."""
+    """A fetch that this replica has the lease of, and what hosts were told in earlier attempts."""
 
     blob_id: BlobId
     image: Image
     swarm_key: bytes
     attempts: int
+    told: Growth | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +141,12 @@ class Distribution:
     priority: int
     state: DistributionState
     reason: str | None
+    failures: int
+    last_failure: str | None
+    retry_at: datetime | None
     size_bytes: int | None
     fetched_bytes: int
+    fetched_at: datetime | None
     verification: str | None
     seed_sent_bytes: int
     peers_sent_bytes: int

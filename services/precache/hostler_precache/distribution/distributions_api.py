@@ -11,7 +11,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import AwareDatetime, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, model_validator
 
 from hostler_common import auth, db, errors, idempotency
 from hostler_common.auth import Caller, Role
@@ -21,9 +21,10 @@ from hostler_precache.deps import (
     Limit,
     SettingsDep,
     StoreDep,
+    SwarmsDep,
     TrackerDep,
 )
-from hostler_precache.distribution import bound, estimate, rollout
+from hostler_precache.distribution import bound, endings, estimate, rollout
 from hostler_precache.distribution.distribution_store import DistributionStore
 from hostler_precache.distribution.distributions import (
     Distribution,
@@ -44,6 +45,7 @@ router = APIRouter(prefix="/v1")
 EVENT_SECONDS = 0.5
 IDLE_OVER_BUSY = 9
 NAMES_SHOWN = 100
+HOSTS_AT_ONCE = 200
 Percent = Annotated[int, Field(ge=1, le=100)]
 BytesPerSecond = Annotated[int, Field(ge=1, lt=2**63)]
 
@@ -190,6 +192,11 @@ class DistributionView(View):
     priority: int
     state: DistributionState
     reason: str | None
+    failures: int = Field(description="how often in a row its image could not be fetched")
+    last_failure: str | None = Field(description="stays when it is tried again")
+    retry_at: datetime | None = Field(
+        description="when its policy tries again what has failed, at the first run from then on"
+    )
     size_bytes: int | None
     fetched_bytes: int
     verification: str | None
@@ -230,6 +237,23 @@ class DistributionDetail(DistributionView):
     progress: list[HostProgressView]
 
 
+_PROGRESS = TypeAdapter(list[HostProgressView])
+
+
+async def json_of(view: DistributionDetail) -> str:
+    """The view as JSON, made in parts, between which others are answered.
+
+    On the loop, since a thread that computes takes the loop's turn at each of its system calls.
+    """
+    hosts, parts = view.progress, []
+    for start in range(0, len(hosts), HOSTS_AT_ONCE):
+        part = _PROGRESS.dump_json(hosts[start : start + HOSTS_AT_ONCE])
+        parts.append(part[1:-1].decode())
+        await asyncio.sleep(0)
+    rest = view.model_dump_json(exclude={"progress"})
+    return f'{rest[:-1]},"progress":[{",".join(parts)}]}}'
+
+
 class DistributionList(View):
     """Distributions, newest first."""
 
@@ -253,18 +277,27 @@ class PlanView(View):
     is_in_time: bool | None = Field(description="whether the deadline is possible at all")
 
 
-def detail(
+async def detail(
     record: Distribution, hosts: Sequence[HostProgress], settings: Settings
 ) -> DistributionDetail:
-    """The view of a distribution with its hosts."""
+    """The view of a distribution with its hosts, made in parts, between which others are answered."""
     view = DistributionView.model_validate(record)
-    found = estimate.estimate(
-        record, hosts, seed_bytes_per_second=settings.link_bytes_per_second, now=datetime.now(UTC)
+    found = await asyncio.to_thread(
+        estimate.estimate,
+        record,
+        hosts,
+        seed_bytes_per_second=settings.link_bytes_per_second,
+        now=datetime.now(UTC),
     )
+    progress: list[HostProgressView] = []
+    for start in range(0, len(hosts), HOSTS_AT_ONCE):
+        await asyncio.sleep(0)
+        part = hosts[start : start + HOSTS_AT_ONCE]
+        progress += [HostProgressView.model_validate(host) for host in part]
     return DistributionDetail(
         **view.model_dump(),
         estimate=None if found is None else EstimateView.model_validate(found),
-        progress=[HostProgressView.model_validate(host) for host in hosts],
+        progress=progress,
     )
 
 
@@ -284,7 +317,6 @@ async def distribute(
 ) -> Response:
     """Put an image on hosts: fetched if need be, then announced; `state` says how far it is."""
     image = image_of(body.image) if body.image else None
-    distribution_id = new_distribution_id()
     async with db.transaction(store.pool) as connection:
         if key is not None:
             stored = await idempotency.begin(
@@ -294,9 +326,9 @@ async def distribute(
                 return JSONResponse(stored.body, status_code=stored.status)
         if image is not None:
             await store.add_image(connection, image)
-        state = await distributions.add_distribution(
+        distribution_id, state = await distributions.add_distribution(
             connection,
-            distribution_id=distribution_id,
+            distribution_id=new_distribution_id(),
             image_id=body.image_id,
             targets=body.targets(),
             rollout=body.rollout(),
@@ -304,7 +336,7 @@ async def distribute(
         )
         blob_id = None
         if state is DistributionState.DISTRIBUTING:
-            blob = await store.ready_blob(connection, body.image_id)
+            blob = await store.served_blob(connection, body.image_id)
             blob_id = blob.blob_id
             await store.announce(
                 connection,
@@ -406,8 +438,7 @@ async def show_distribution(
     """One distribution with every host of it."""
     record = await distributions.distribution(distribution_id)
     hosts = await distributions.progress(distribution_id)
-    # of thousands of hosts this takes long, and others are to be answered meanwhile
-    body = await asyncio.to_thread(lambda: detail(record, hosts, settings).model_dump_json())
+    body = await json_of(await detail(record, hosts, settings))
     return Response(body, media_type="application/json")
 
 
@@ -442,10 +473,7 @@ async def _events(
         except errors.Unavailable:  # the stream goes on when the database is back
             await asyncio.sleep(EVENT_SECONDS)
             continue
-        # of thousands of hosts this takes long, and others are to be answered meanwhile
-        event, told_view = await asyncio.to_thread(
-            _news, record, hosts, settings, told_view, told_hosts
-        )
+        event, told_view = await _news(record, hosts, settings, told_view, told_hosts)
         took = clock.monotonic() - began
         if event:
             yield event
@@ -456,7 +484,7 @@ async def _events(
         await asyncio.sleep(max(EVENT_SECONDS, IDLE_OVER_BUSY * took))
 
 
-def _news(
+async def _news(
     record: Distribution,
     hosts: Sequence[HostProgress],
     settings: Settings,
@@ -467,14 +495,19 @@ def _news(
 
     What it tells of hosts is added to `told_hosts`.
     """
-    current = detail(record, hosts, settings)
+    current = await detail(record, hosts, settings)
     # what only the clock changes is no news
     view = current.model_dump_json(exclude={"estimate", "progress"})
-    current.progress = [host for host in current.progress if told_hosts.get(host.host) != host]
+    changed: list[HostProgressView] = []
+    for start in range(0, len(current.progress), HOSTS_AT_ONCE):
+        part = current.progress[start : start + HOSTS_AT_ONCE]
+        changed += [host for host in part if told_hosts.get(host.host) != host]
+        await asyncio.sleep(0)
+    current.progress = changed
     if not current.progress and view == told_view:
         return "", view
     told_hosts |= {host.host: host for host in current.progress}
-    return f"event: progress\ndata: {current.model_dump_json()}\n\n", view
+    return f"event: progress\ndata: {await json_of(current)}\n\n", view
 
 
 @router.patch(
@@ -534,12 +567,16 @@ async def resume_distribution(
     distribution_id: UUID,
     store: StoreDep,
     distributions: DistributionsDep,
+    swarms: SwarmsDep,
     tracker: TrackerDep,
     settings: SettingsDep,
 ) -> Response:
     """Its hosts go on where they were. One that its canaries stopped goes on to all hosts."""
     async with db.transaction(distributions.pool) as connection:
         blob = await distributions.resume(connection, distribution_id)
+        finished = await swarms.settle(connection, [distribution_id])
+        events = await endings.events_of(connection, distributions, ended=[], finished=finished)
+        await store.announce(connection, events)
         if blob is not None:
             await store.announce(
                 connection,

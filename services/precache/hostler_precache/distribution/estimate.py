@@ -57,6 +57,7 @@ def estimate(
         hosts_bytes_per_second=links,
         total_bytes_per_second=rollout.total_bytes_per_second,
     )
+    found = bound.with_source(found, _source_seconds(distribution, now))
     began = distribution.announced_at
     until = distribution.finished_at or now
     elapsed = max(0.0, (until - began).total_seconds()) if began is not None else 0.0
@@ -65,9 +66,10 @@ def estimate(
     if not distribution.state.is_over:
         paces = [_pace(host, now) for host in receiving]
         remaining = bound.remaining_seconds(distribution.size_bytes, paces)
-        by_deadline = bound.remaining_seconds(
-            distribution.size_bytes, paces, share=rollout.deadline_percent / 100
-        )
+        if rollout.deadline_at is not None:
+            by_deadline = bound.remaining_seconds(
+                distribution.size_bytes, paces, share=rollout.deadline_percent / 100
+            )
     over_bound, ends_at = None, distribution.finished_at
     if remaining is not None and found.seconds > 0:
         over_bound = (elapsed + remaining) / found.seconds
@@ -103,6 +105,19 @@ def in_words(
     host = f" ({slowest_host})" if slowest_host else ""
     left = f", {remaining_seconds:.0f} s left" if remaining_seconds else ""
     return f"{over_bound:.2f}x; the limit is {limit}{host}{left}"
+
+
+def _source_seconds(distribution: Distribution, now: datetime) -> float:
+    """How long the source takes from the announcement on; 0 where it had ended before."""
+    began, fetched_at = distribution.announced_at, distribution.fetched_at
+    if began is None or (fetched_at is None and distribution.state.is_over):
+        return 0.0
+    if fetched_at is not None:
+        return max(0.0, (fetched_at - began).total_seconds())
+    if not distribution.fetched_bytes:
+        return 0.0
+    share = distribution.fetched_bytes / (distribution.size_bytes or distribution.fetched_bytes)
+    return max(0.0, (now - began).total_seconds()) / share
 
 
 def _pace(host: HostProgress, now: datetime) -> bound.Pace:

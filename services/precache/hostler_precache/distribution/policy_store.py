@@ -128,7 +128,7 @@ class PolicyStore:
             raise PolicyNotFound(f"no policy {policy_id}")
 
     async def run_policy_now(self, policy_id: UUID) -> None:
-        """The policy is due.
+        """The policy is due, and tries again what could not be fetched, however lately that was.
 
         Raises:
             PolicyNotFound: there is none.
@@ -136,6 +136,10 @@ class PolicyStore:
         async with db.transaction(self._pool) as connection:
             status = await connection.execute(
                 "UPDATE policy SET next_run_at = now() WHERE policy_id = $1", policy_id
+            )
+            await connection.execute(
+                "UPDATE distribution SET failures = 0 WHERE policy_id = $1 AND state = 'error'",
+                policy_id,
             )
         if status == "UPDATE 0":
             raise PolicyNotFound(f"no policy {policy_id}")

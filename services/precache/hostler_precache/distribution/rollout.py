@@ -107,17 +107,37 @@ class Verdict(StrEnum):
     WAIT = "wait"
     GO = "go"
     STOP = "stop"
+    NOBODY = "nobody"
 
 
 def canary_verdict(states: Mapping[str, int]) -> Verdict:
     """From how many canary hosts are in which state: all must have ended, and none in an error.
 
-    A host that cannot hold images (unsupported, skipped) says nothing of the image. Where there is
-    no host yet, the first that comes is the canary.
+    A host that cannot hold images, or is silent (unsupported, skipped), says nothing of the image:
+    the others are its judges, and where there are no others, nobody is. Where there is no host
+    yet, the first that comes is the canary.
     """
     if not states or any(states.get(state) for state in OPEN):
         return Verdict.WAIT
-    return Verdict.STOP if states.get("error") else Verdict.GO
+    if states.get("error"):
+        return Verdict.STOP
+    return Verdict.GO if any(states.get(state) for state in PRESENT) else Verdict.NOBODY
+
+
+def silent(
+    silent_seconds: Mapping[str, float], *, listened_seconds: float, patience_seconds: float
+) -> list[str]:
+    """The hosts that nobody need wait for any more, sorted.
+
+    Args:
+        silent_seconds: of each host that has not ended, since when it was last heard of, or since
+            it could have begun if that is later.
+        listened_seconds: since when somebody could have heard it.
+        patience_seconds: who is silent for longer is not waited for.
+    """
+    if listened_seconds <= patience_seconds:
+        return []
+    return sorted(host for host, seconds in silent_seconds.items() if seconds > patience_seconds)
 
 
 def share_of(count: int, percent: int) -> int:

@@ -3,18 +3,21 @@
 A distribution that needs a decision is locked, so that of several replicas one decides.
 """
 
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
-from hostler_common import db, logs
+from hostler_common import db, errors, logs
 from hostler_common.bus import Message
 from hostler_precache import messages
-from hostler_precache.distribution import rollout
+from hostler_precache.distribution import endings, rollout
 from hostler_precache.distribution.distribution_store import DistributionStore
 from hostler_precache.distribution.distributions import LiveDistribution
 from hostler_precache.distribution.rollout import Verdict
 from hostler_precache.settings import Settings
 from hostler_precache.store import Store
 from hostler_precache.swarming import tracker
+from hostler_precache.swarming.swarm_store import SwarmStore
 
 log = logs.get(__name__)
 
@@ -28,21 +31,35 @@ class Rollouts:
         settings: Settings,
         store: Store,
         distributions: DistributionStore,
-        swarms: tracker.Tracker,
+        swarms: SwarmStore,
+        tracking: tracker.Tracker,
     ) -> None:
         self._settings = settings
         self._store = store
         self._distributions = distributions
         self._swarms = swarms
+        self._tracker = tracking
+        # who is silent is only known by who listens: not while this process, or the database, was away
+        self._listens_since: float | None = None
 
     async def advance(self) -> None:
-        """Every distribution is where it should be at this time."""
-        async with db.transaction(self._distributions.pool) as connection:
-            lives = await self._distributions.claim_live(connection)
-            changed = [live for live in lives if await self._advance(connection, live)]
+        """Every distribution is where it should be at this time.
+
+        Raises:
+            DatabaseUnavailable: nothing is known, and nobody has been listened to.
+        """
+        try:
+            async with db.transaction(self._distributions.pool) as connection:
+                lives = await self._distributions.claim_live(connection)
+                changed = [live for live in lives if await self._advance(connection, live)]
+        except errors.Unavailable:
+            self._listens_since = None
+            raise
+        if self._listens_since is None:
+            self._listens_since = time.monotonic()
         for live in changed:
             if live.blob is not None:
-                self._swarms.forget(live.blob.blob_id)
+                self._tracker.forget(live.blob.blob_id)
 
     async def _advance(self, connection: db.Connection, live: LiveDistribution) -> bool:
         """Whether anything about the distribution has changed."""
@@ -50,11 +67,20 @@ class Rollouts:
         is_open = rollout.is_open(live.rollout.windows, now)
         wave, deadline_met, events = live.wave, live.deadline_met, list[Message]()
         if wave == 0 and live.blob is not None and not live.is_paused:
-            match rollout.canary_verdict(live.canary_states):
+            live, events = await self._without_silent(connection, live)
+            states = live.canary_states
+            match rollout.canary_verdict(states):
                 case Verdict.GO:
                     wave = 1
                 case Verdict.STOP:
-                    await self._stop(connection, live)
+                    failed, total = states["error"], sum(states.values())
+                    reason = f"{failed} of the first {total} hosts could not get the image"
+                    await self._stop(connection, live, f"canary.failed: {reason}", events)
+                    return True
+                case Verdict.NOBODY:
+                    counts = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+                    reason = f"none of the first {sum(states.values())} hosts got it: {counts}"
+                    await self._stop(connection, live, f"canary.none_left: {reason}", events)
                     return True
         deadline_at = live.rollout.deadline_at
         if deadline_at is not None and deadline_met is None:
@@ -74,7 +100,8 @@ class Rollouts:
                     )
                 )
         if (wave, is_open, deadline_met) == (live.wave, live.is_open, live.deadline_met):
-            return False
+            await self._store.announce(connection, events)
+            return bool(events)
         await self._distributions.advance(
             connection,
             live.distribution_id,
@@ -86,6 +113,11 @@ class Rollouts:
             "distribution_advanced", distribution_id=str(live.distribution_id), wave=wave,
             is_open=is_open, deadline_met=deadline_met,
         )  # fmt: skip
+        if wave > live.wave:  # where all its hosts were canaries, the last of them may be skipped
+            finished = await self._swarms.settle(connection, [live.distribution_id])
+            events += await endings.events_of(
+                connection, self._distributions, ended=[], finished=finished
+            )
         if live.blob is not None and (wave > live.wave or is_open > live.is_open):
             events += tracker.announcements(
                 live.blob,
@@ -96,13 +128,42 @@ class Rollouts:
         await self._store.announce(connection, events)
         return True
 
-    async def _stop(self, connection: db.Connection, live: LiveDistribution) -> None:
-        failed, total = live.canary_states["error"], sum(live.canary_states.values())
-        reason = f"canary.failed: {failed} of the first {total} hosts could not get the image"
+    async def _without_silent(
+        self, connection: db.Connection, live: LiveDistribution
+    ) -> tuple[LiveDistribution, list[Message]]:
+        """The distribution with canaries that are not heard of any more skipped, and what that says."""
+        patience = self._settings.canary_silent_seconds
+        listened = 0.0 if self._listens_since is None else time.monotonic() - self._listens_since
+        silent = rollout.silent(
+            await self._distributions.canaries_silent_seconds(connection, live.distribution_id),
+            listened_seconds=listened,
+            patience_seconds=patience,
+        )
+        if not silent:
+            return live, []
+        ended = await self._distributions.skip(
+            connection,
+            live.distribution_id,
+            silent,
+            reason=f"host.silent: not heard of for {patience:g} s",
+        )
+        log.warning(
+            "canaries_skipped", distribution_id=str(live.distribution_id),
+            hosts=[one.host for one in ended],
+        )  # fmt: skip
+        canaries, hosts = await self._distributions.states(connection, live.distribution_id)
+        events = await endings.events_of(connection, self._distributions, ended=ended, finished=[])
+        return replace(live, canary_states=canaries, host_states=hosts), events
+
+    async def _stop(
+        self, connection: db.Connection, live: LiveDistribution, reason: str, events: list[Message]
+    ) -> None:
         await self._distributions.pause(connection, live.distribution_id, reason=reason)
-        log.warning("canary_failed", distribution_id=str(live.distribution_id), failed=failed)
+        log.warning(
+            "canaries_stopped_it", distribution_id=str(live.distribution_id), reason=reason
+        )
         event = messages.DISTRIBUTION_PAUSED.message(
             messages.DistributionPaused(distribution_id=str(live.distribution_id), reason=reason),
             app_id=messages.APP_ID,
         )
-        await self._store.announce(connection, [event])
+        await self._store.announce(connection, [*events, event])

@@ -28,6 +28,7 @@ log = logs.get(__name__)
 
 ROUND_SECONDS: Final = 60.0
 SCRUB_PAUSE_SECONDS: Final = 30.0
+REPAIRS_AT_ONCE: Final = 4
 RETRY_SECONDS: Final = 3600.0
 """When a file is read again whose damage could not be repaired."""
 
@@ -111,6 +112,36 @@ async def scrub_once(
     Raises:
         PieceStoreError: it cannot be read.
     """
+    bad = await _check(
+        shelf, record, damaged=damaged, bytes_per_second=bytes_per_second, metrics=metrics
+    )
+    return await _mend(shelf, record, bad, repair) if bad and repair is not None else bad
+
+
+async def _mend(shelf: Shelf, record: Record, bad: int, repair: Repair) -> int:
+    """The damaged pieces of a file are fetched anew, as far as somebody has them; returns the others."""
+    listed = await asyncio.to_thread(shelf.manifest, record)
+    if listed is None:
+        return bad
+    left = await repair(record, shelf.directory / record.name, listed, bad)
+    log.info("image_repaired", image_id=record.image_id, still_damaged=left.bit_count())
+    await asyncio.to_thread(shelf.scrubbed, record, damaged_pieces=left.bit_count())
+    return left
+
+
+async def _check(
+    shelf: Shelf,
+    record: Record,
+    *,
+    damaged: OnDamaged,
+    bytes_per_second: float,
+    metrics: AgentMetrics,
+) -> int:
+    """One file is read, and what is damaged is told; returns it.
+
+    Raises:
+        PieceStoreError: it cannot be read.
+    """
     opened = await asyncio.to_thread(shelf.open_for_scrub, record)
     if opened is None:
         return 0
@@ -142,9 +173,6 @@ async def scrub_once(
         log.warning("image_damaged", image_id=record.image_id, pieces=bad.bit_count())
         metrics.damaged_pieces.inc(bad.bit_count())
         damaged(record.blob_id, bad)
-        if repair is not None:
-            bad = await repair(record, shelf.directory / record.name, listed, bad)
-            log.info("image_repaired", image_id=record.image_id, still_damaged=bad.bit_count())
     await asyncio.to_thread(shelf.scrubbed, record, damaged_pieces=bad.bit_count())
     return bad
 
@@ -183,24 +211,41 @@ async def _scrub_forever(
     settings: AgentSettings,
     metrics: AgentMetrics,
 ) -> None:
-    while True:
-        record = await asyncio.to_thread(
-            shelf.next_scrub,
-            every_seconds=settings.scrub_seconds,
-            retry_seconds=min(RETRY_SECONDS, settings.scrub_seconds),
-        )
-        if record is None:
-            await asyncio.sleep(min(SCRUB_PAUSE_SECONDS, settings.scrub_seconds))
-            continue
+    # a repair waits for somebody who has the pieces: other files are read meanwhile
+    repairing: set[str] = set()
+
+    async def mend(record: Record, bad: int, repair: Repair) -> None:
         try:
-            await scrub_once(
-                shelf,
-                record,
-                damaged=damaged,
-                repair=repair,
-                bytes_per_second=settings.scrub_bytes_per_second,
-                metrics=metrics,
-            )
+            await _mend(shelf, record, bad, repair)
         except PieceStoreError as exc:
-            log.warning("scrub_failed", image_id=record.image_id, reason=str(exc))
-            await asyncio.sleep(SCRUB_PAUSE_SECONDS)
+            log.warning("repair_failed", image_id=record.image_id, reason=str(exc))
+        finally:
+            repairing.discard(record.name)
+
+    async with asyncio.TaskGroup() as group:
+        while True:
+            record = await asyncio.to_thread(
+                shelf.next_scrub,
+                every_seconds=settings.scrub_seconds,
+                retry_seconds=min(RETRY_SECONDS, settings.scrub_seconds),
+                besides=frozenset(repairing),
+            )
+            if record is None:
+                await asyncio.sleep(min(SCRUB_PAUSE_SECONDS, settings.scrub_seconds))
+                continue
+            try:
+                bad = await _check(
+                    shelf,
+                    record,
+                    damaged=damaged,
+                    bytes_per_second=settings.scrub_bytes_per_second,
+                    metrics=metrics,
+                )
+            except PieceStoreError as exc:
+                log.warning("scrub_failed", image_id=record.image_id, reason=str(exc))
+                await asyncio.sleep(SCRUB_PAUSE_SECONDS)
+                continue
+            # of a disk that breaks, some at once; the others when they are read again
+            if bad and repair is not None and len(repairing) < REPAIRS_AT_ONCE:
+                repairing.add(record.name)
+                group.create_task(mend(record, bad, repair))

@@ -40,7 +40,7 @@ from hostler_precache.placing.shelf_records import Record
 from hostler_precache.placing.shelf_room import ShelfRoom
 from hostler_precache.settings import AgentSettings
 from hostler_precache.transfer import pieces
-from hostler_precache.transfer.manifest import ImageId, Manifest
+from hostler_precache.transfer.manifest import ImageId, Manifest, PieceList
 from hostler_precache.transfer.pieces import (
     FILE_MODE,
     WORK_DIRECTORY,
@@ -197,7 +197,7 @@ class Shelf:
         record = self._files.records.get(self.target(wanted).name)
         return record is not None and record.is_ours
 
-    def make_room(self, wanted: Wanted, listed: Manifest) -> None:
+    def make_room(self, wanted: Wanted, listed: PieceList) -> None:
         """There is room for the image, for which unwanted files may have gone.
 
         Raises:
@@ -307,12 +307,15 @@ class Shelf:
 
     # --- scrubs
 
-    def next_scrub(self, *, every_seconds: float, retry_seconds: float) -> Record | None:
+    def next_scrub(
+        self, *, every_seconds: float, retry_seconds: float, besides: Collection[str] = ()
+    ) -> Record | None:
         """The wanted file that is due to be checked, and was so the longest ago; None for none.
 
         Args:
             every_seconds: how often each is.
             retry_seconds: how often one is that has damage.
+            besides: names of files that are not.
         """
         with self._mutex:
             now = self._clock()
@@ -320,10 +323,20 @@ class Shelf:
                 record
                 for record in self._files.records.values()
                 if record.unwanted_since is None
+                and record.name not in besides
                 and now - record.scrubbed_at
                 >= (retry_seconds if record.damaged_pieces else every_seconds)
             ]
             return min(due, key=lambda record: record.scrubbed_at, default=None)
+
+    def manifest(self, record: Record) -> Manifest | None:
+        """The pieces of the file; None where nobody knows them any more.
+
+        Raises:
+            PieceStoreError: they cannot be read.
+        """
+        with self._failures_named(self.directory):
+            return self._files.manifest(record)
 
     def open_for_scrub(self, record: Record) -> tuple[int, Manifest] | None:
         """A writable descriptor of the file and its pieces; None if it is not that file any more.

@@ -4,6 +4,10 @@ The bytes are written, hashed as the source hashes them and cut into pieces in o
 become holes. What does not match what the source said of itself, or is not the format it was
 declared to be, is deleted: it is never served, and no manifest of it ever exists. An image that is
 not raw is converted once, here, and the manifest is that of the raw disk.
+
+Where the bytes are served as they come and their number is known from the start, the pieces that
+are whole are there for others while the rest comes (`Arriving`): whoever has them must not take them
+for the image before all of it was checked.
 """
 
 import asyncio
@@ -41,11 +45,43 @@ class Fetched:
     disk_format: str
 
 
+class Arriving:
+    """A file that is being written, and the digests of its pieces that are whole, in its order.
+
+    It has its full size from the start: what has not come is a hole.
+    """
+
+    def __init__(self, path: Path, *, size_bytes: int, hasher: manifest.Hasher) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self.piece_bytes = hasher.piece_bytes
+        self.known = 0
+        self._hasher = hasher
+
+    def came(self) -> None:
+        """All bytes that were hashed are in the file."""
+        self.known = self._hasher.known
+
+    def digests(self, first: int) -> bytes:
+        """Of the pieces from number `first` on that are whole, and in the file."""
+        return self._hasher.digests(first, self.known)
+
+
 class FetchProgress:
-    """How many bytes have come; read by whoever shows it."""
+    """How many bytes have come, and what is there of them already; read by whoever shows or serves it."""
 
     def __init__(self) -> None:
         self.bytes_done = 0
+        self.arriving: Arriving | None = None
+        self.has_arrived = asyncio.Event()  # a piece of it
+
+    def came(self, length_bytes: int) -> None:
+        """So many bytes more are in the file."""
+        self.bytes_done += length_bytes
+        if self.arriving is not None:
+            self.arriving.came()
+            if self.arriving.known:
+                self.has_arrived.set()
 
 
 async def fetch(
@@ -66,8 +102,11 @@ async def fetch(
     """
     part, staged = path.with_name(path.name + ".part"), path.with_name(path.name + ".raw")
     try:
+        is_as_it_is = not (convert_to_raw and inspection.is_shaped(image.disk_format))
         async with fetcher.open(image) as source:
-            writer = await _receive(source, image, part, reserve_bytes, progress)
+            writer = await _receive(
+                source, image, part, reserve_bytes, progress or FetchProgress(), is_as_it_is
+            )
         try:
             found = await asyncio.to_thread(inspection.inspect, part, image.disk_format)
             if found != inspection.RAW and convert_to_raw:
@@ -94,7 +133,8 @@ async def _receive(
     image: Image,
     part: Path,
     reserve_bytes: int,
-    progress: FetchProgress | None,
+    progress: FetchProgress,
+    is_as_it_is: bool,
 ) -> "_Writer":
     """Everything the source has is in the file, and is what the source says it is."""
     size_bytes = source.size_bytes
@@ -108,12 +148,12 @@ async def _receive(
     await asyncio.to_thread(_require_room, part, needed, reserve_bytes)
     writer = await asyncio.to_thread(_Writer, part, image, known, source.parts)
     try:
+        if is_as_it_is:
+            progress.arriving = await asyncio.to_thread(writer.begin)
         async for chunk in source.chunks:
             # written and hashed off the loop: both release the interpreter lock
             for step in _steps(chunk):
-                length = await asyncio.to_thread(writer.take, step)
-                if progress is not None:
-                    progress.bytes_done += length
+                progress.came(await asyncio.to_thread(writer.take, step))
         await asyncio.to_thread(writer.finish)
     finally:
         await asyncio.to_thread(writer.close)
@@ -232,6 +272,16 @@ class _Writer:
             self._fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         except OSError as exc:
             raise pieces.PieceStoreError(f"{part}: {exc.strerror}") from exc
+
+    def begin(self) -> Arriving | None:
+        """What there is to see of the file while it is written; None where its size is not known."""
+        if not self._expected or self._hasher is None:
+            return None
+        try:
+            os.ftruncate(self._fd, self._expected)
+        except OSError as exc:
+            raise _disk_refused(self._part, exc) from exc
+        return Arriving(self._part, size_bytes=self._expected, hasher=self._hasher)
 
     def take(self, chunk: bytes | Hole) -> int:
         """The next bytes are written and hashed; how many they were."""

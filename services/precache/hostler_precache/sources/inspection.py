@@ -23,6 +23,11 @@ _SHAPED: Final = frozenset({"qcow2", "vhd", "vhdx", "vmdk", "vdi"})
 _READ_BYTES: Final = 256 * 1024
 
 
+def is_shaped(declared: str | None) -> bool:
+    """Whether a file of that format holds a disk in another shape; what is not that is taken as it is."""
+    return (declared or RAW).lower() in _SHAPED
+
+
 def inspect(path: Path, declared: str | None) -> str:
     """The format of the file, `raw` or one that can be converted: the declared one, and safe.
 

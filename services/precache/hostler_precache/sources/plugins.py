@@ -1,10 +1,12 @@
-"""Where images come from is pluggable: the two protocols, and how an implementation is found.
+"""Where images come from, and how they leave, is pluggable: the protocols, and how one is found.
 
-A lister says which images there are, a fetcher opens the bytes of one. Implementations are named
-by entry points (`hostler.precache.listers`, `hostler.precache.fetchers`), built once per process
-with `Surroundings`, and raise `SourceError` only.
+A lister says which images there are, a fetcher opens the bytes of one, a server sends what was
+fetched. Implementations are named by entry points (`hostler.precache.listers`, `.fetchers`,
+`.servers`) and built once per process: listers and fetchers with `Surroundings`, and they raise
+`SourceError` only; a server with the `SeedSite` that it is to serve.
 """
 
+import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -19,24 +21,30 @@ from hostler_precache.images import Image
 from hostler_precache.sources.access import ByKeystone, Fixed, Service, TempAuth
 from hostler_precache.sources.keystone import Keystone
 from hostler_precache.sources.source import Hole, Part, Source, SourceError
+from hostler_precache.transfer.blobs import BlobServer
 
 __all__ = [
     "FETCHERS",
     "LISTERS",
+    "SERVERS",
     "Fetcher",
     "Hole",
     "Lister",
     "Part",
     "Plugins",
+    "SeedSite",
+    "Server",
     "Source",
     "SourceError",
     "Surroundings",
     "UnknownPluginError",
     "check_installed",
+    "server",
 ]
 
 LISTERS = "hostler.precache.listers"
 FETCHERS = "hostler.precache.fetchers"
+SERVERS = "hostler.precache.servers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +112,35 @@ class Fetcher(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedSite:
+    """What a server serves, and where.
+
+    In `directory` a complete blob is a file by its id; those that hosts may have now are in
+    `blobs`, also while they are being fetched. `url` is where hosts reach the server, if the
+    operator says so; `host` and `port` are what it may listen on, `tls` what pieces travel over.
+    """
+
+    directory: Path
+    blobs: BlobServer
+    host: str
+    port: int
+    url: str | None
+    tls: ssl.SSLContext | None
+    drain_seconds: float
+
+
+class Server(Protocol):
+    """Sends the pieces of a seed's images to hosts."""
+
+    def serving(self) -> AbstractAsyncContextManager[str]:
+        """Inside, hosts are served; on leaving no more, and what was begun is finished or cut off.
+
+        Gives the URL that hosts are told: a blob is at `<url>/v1/blobs/<blob_id>`, by ranges and
+        with the token of its swarm, as the agents' own server has it.
+        """
+
+
 class UnknownPluginError(LookupError):
     """No implementation of that name is installed; the text names those that are."""
 
@@ -137,6 +174,16 @@ class Plugins:
         if (group, name) not in self._built:
             self._built[group, name] = _entry_point(group, name).load()(self._surroundings)
         return self._built[group, name]
+
+
+def server(name: str, site: SeedSite) -> Server:
+    """The server of that name, for this seed.
+
+    Raises:
+        UnknownPluginError: there is none.
+    """
+    made: Server = _entry_point(SERVERS, name).load()(site)
+    return made
 
 
 def check_installed(group: str, name: str) -> None:

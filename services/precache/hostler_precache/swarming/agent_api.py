@@ -1,22 +1,30 @@
 """The HTTP API of agents: what a host should have, how far it is, and a blob's pieces."""
 
+import base64
 import re
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
-from hostler_common import auth, errors
-from hostler_common.auth import Role
+from hostler_common import auth, errors, http
+from hostler_common.auth import Caller, Principal, Role
 from hostler_precache import protocol
-from hostler_precache.deps import SettingsDep, StoreDep, SwarmsDep, TrackerDep
+from hostler_precache.deps import (
+    DesiresDep,
+    GrowthsDep,
+    SettingsDep,
+    StoreDep,
+    SwarmsDep,
+    TrackerDep,
+)
+from hostler_precache.swarming.growths import pause_seconds
 from hostler_precache.swarming.reports import Reports
+from hostler_precache.swarming.swarm_store import SwarmStore
 from hostler_precache.swarming.tracker import Tracker, desired_image
-from hostler_precache.transfer.manifest import BlobId
+from hostler_precache.transfer.manifest import DIGEST_BYTES, MAX_PIECES, BlobId
 
 router = APIRouter(prefix="/v1")
 _HOST = re.compile(protocol.HOST_PATTERN.removesuffix("$"))
@@ -24,13 +32,15 @@ _HOST = re.compile(protocol.HOST_PATTERN.removesuffix("$"))
 
 @router.get("/desired", dependencies=[auth.require(Role.AGENT, every_project=True)])
 async def desired(
-    store: StoreDep,
-    swarms: SwarmsDep,
+    desires: DesiresDep,
     tracker: TrackerDep,
     settings: SettingsDep,
+    caller: Caller,
     host: Annotated[str, Query(pattern=protocol.HOST_PATTERN)],
 ) -> protocol.Desired:
     """What a host should have; its agent asks at start, at every fanout, and now and then."""
+    caller.speak_for(host)
+    desire = await desires.ask(host)
     return protocol.Desired(
         images=[
             desired_image(
@@ -38,33 +48,13 @@ async def desired(
                 await tracker.swarm(host, wanted.blob.blob_id),
                 token_seconds=settings.token_seconds,
             )
-            for wanted in await swarms.desired(host)
+            for wanted in desire.wanted
         ],
-        deleted_image_ids=await store.deleted_images(host),
+        deleted_image_ids=list(desire.deleted_image_ids),
     )
 
 
-class _DirectRoute(APIRoute):
-    """A route that hands its function the request and the path's parameters, and nothing else.
-
-    Resolving dependencies costs more than everything that a report needs. Its own dependencies,
-    which guard it, are called; documented it is like any other.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        guards = [guard.dependency for guard in self.dependencies]
-
-        async def handle(request: Request) -> Response:
-            for guard in guards:
-                assert guard is not None
-                await guard(request)
-            answer: Response = await self.endpoint(request=request, **request.path_params)
-            return answer
-
-        return handle
-
-
-direct_router = APIRouter(prefix="/v1", route_class=_DirectRoute)
+direct_router = APIRouter(prefix="/v1", route_class=http.DirectRoute)
 
 
 @direct_router.put(
@@ -89,6 +79,8 @@ async def report(
     """
     if not _HOST.fullmatch(host):
         raise errors.Invalid(f"{host!r} is not the name of a host")
+    caller: Principal = request.state.principal
+    caller.speak_for(host)
     reports: Reports = request.state.reports
     tracker: Tracker = request.state.tracker
     try:
@@ -115,6 +107,45 @@ async def report(
     responses={200: {"content": {"application/json": {}}}},
     response_class=Response,
 )
-async def manifest(blob_id: UUID, store: StoreDep) -> Response:
+async def manifest(blob_id: UUID, store: StoreDep, swarms: SwarmsDep, caller: Caller) -> Response:
     """The piece list of a blob."""
+    await _wanted_by(caller, swarms, blob_id)
     return Response(await store.manifest(blob_id), media_type="application/json")
+
+
+@router.get("/blobs/{blob_id}/growth", dependencies=[auth.require(Role.AGENT, every_project=True)])
+async def growth(
+    blob_id: UUID,
+    growths: GrowthsDep,
+    swarms: SwarmsDep,
+    tracker: TrackerDep,
+    caller: Caller,
+    after: Annotated[int, Query(ge=0, le=MAX_PIECES)] = 0,
+    most: Annotated[int, Query(ge=1, le=MAX_PIECES)] = MAX_PIECES,
+) -> protocol.Growth:
+    """The digests of a blob's pieces from number `after` on, `most` of them, also while it is fetched.
+
+    The answer waits a moment for more to come. 404 means that what is here of the blob is nothing.
+    """
+    await _wanted_by(caller, swarms, blob_id)
+    found = await growths.ask(blob_id, after=after)
+    told = found.digests[: most * DIGEST_BYTES]
+    is_all = found.root is not None and len(told) == len(found.digests)
+    return protocol.Growth(
+        size_bytes=found.size_bytes,
+        piece_bytes=found.piece_bytes,
+        first_piece=found.first_piece,
+        digests=base64.b64encode(told).decode("ascii"),
+        root=found.root.hex() if found.root is not None and is_all else None,
+        pause_seconds=pause_seconds(tracker.members(BlobId(str(blob_id)))),
+    )
+
+
+async def _wanted_by(caller: Principal, swarms: SwarmStore, blob_id: UUID) -> None:
+    """Return if the caller may know of the blob: one that speaks for a host, if it is wanted there.
+
+    Raises:
+        OtherHost: it is not.
+    """
+    if caller.host is not None and not await swarms.has_blob(caller.host, blob_id):
+        raise auth.OtherHost(f"no distribution wants blob {blob_id} on {caller.host}")

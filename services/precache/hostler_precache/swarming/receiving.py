@@ -20,7 +20,7 @@ BAD_PIECES_TO_BAN: Final = 3
 SEED_REST_SECONDS: Final = 30.0
 FIRST_REST_SECONDS: Final = 0.5
 LONGEST_REST_SECONDS: Final = 30.0
-FIRST_BUSY_SECONDS: Final = 0.05
+FIRST_BUSY_SECONDS: Final = 0.03
 LONGEST_BUSY_SECONDS: Final = 1.0
 REFUSED_PIECE_SECONDS: Final = 0.5
 FIRST_COMING_SECONDS: Final = 2.0
@@ -28,8 +28,12 @@ FIRST_COMING_SECONDS: Final = 2.0
 TIMEOUT_FLOOR_SECONDS: Final = 5.0
 SLOWEST_BYTES_PER_SECOND: Final = 1 << 20
 MIN_TURN_SECONDS: Final = 0.1
+# so many times what is usual a piece gets to come into the rack before another host fetches it
+COMING: Final = 8.0
 MIN_HEARD: Final = 3
+MIN_REST_SECONDS: Final = 0.001
 MIN_REQUESTS_PER_SOURCE: Final = 1
+PLENTY: Final = 16
 MAX_REQUESTS_PER_SOURCE: Final = 4
 
 
@@ -93,7 +97,7 @@ class Receiver:
         self._rng = rng
         self._name = name
         self._heard_outside = 0
-        self._importable = 0
+        self._importable = self._claimed = 0
         self._held: list[tuple[float, int]] = []
         self._sources: dict[str, Source] = {}
         self._out: set[Request] = set()
@@ -132,18 +136,25 @@ class Receiver:
 
     # --- what they say of themselves
 
-    def heard(self, source: Source, news: News, now: float) -> None:
-        """A neighbour has told what it has, and what it is getting from outside the rack."""
+    def heard(self, source: Source, news: News, now: float) -> int:
+        """A neighbour has told what it has, and what is on its way into the rack from outside.
+
+        The pieces of the latter that were not known of: to be told on, since not all of a rack are neighbours.
+        """
         if not source.is_heard:
             source.is_heard, source.failures, source.not_before = True, 0, 0.0
         if news.have and not source.in_rack:
             self._take_turns(news.have, now)
         if news.have:
             self.picker.neighbour_has(source.name, news.have, in_rack=source.in_rack)
-        if news.coming and source.in_rack:
-            patience = swarm.SLOW * self._usual_seconds or FIRST_COMING_SECONDS
-            self.picker.coming(news.coming)
-            self._coming.append((now + patience, news.coming))
+        if not news.coming or not source.in_rack:
+            return 0
+        # what it has told itself comes back to it
+        new = self.picker.coming(news.coming & ~self._claimed)
+        if new:
+            patience = COMING * self._usual_seconds or FIRST_COMING_SECONDS
+            self._coming.append((now + patience, new))
+        return new
 
     def _take_turns(self, pieces: int, now: float) -> None:
         """Who of the rack may fetch these from outside first, and who if that one does not.
@@ -183,15 +194,32 @@ class Receiver:
         request = Request(source, piece, now)
         self._out.add(request)
         source.asked.add(request)
+        if piece is not None and not source.in_rack:
+            self._claimed |= 1 << piece
         return request
+
+    @property
+    def is_hungry(self) -> bool:
+        """Whether it would ask for more, if there were anything to ask for."""
+        return len(self._out) < self._requests
 
     def rest_seconds(self, now: float) -> float:
         """When there may be something to ask although nothing has happened: at most a second."""
-        times = [source.not_before for source in self._sources.values()]
-        times += self._refused.values()
-        times += [until for until, _ in self._coming]
-        times += [at for at, _ in self._held[:1]]
-        return min((at - now for at in times if at > now), default=1.0)
+        soonest, maps, missing = now + 1.0, self.picker.maps, self.picker.missing
+        for source in self._sources.values():
+            # of whoever has nothing for us it does not matter
+            if now < source.not_before < soonest and (
+                source.is_seed or maps.get(source.name, 0) & missing
+            ):
+                soonest = source.not_before
+        for at in self._refused.values():
+            if now < at < soonest:
+                soonest = at
+        if self._coming:
+            soonest = min(soonest, max(now, self._coming[0][0]))
+        if self._held:
+            soonest = min(soonest, max(now, self._held[0][0]))
+        return max(soonest - now, MIN_REST_SECONDS)
 
     def timeout_seconds(self, source: Source) -> float:
         """How long to wait for a piece of the source: four times what is usual with it."""
@@ -201,51 +229,73 @@ class Receiver:
         return max(floor, swarm.SLOW * (source.mean_seconds or 0.0))
 
     def _choose(self, now: float) -> tuple[Source, int | None] | None:
-        picker, usual = self.picker, self._usual_seconds
-        slow = swarm.SLOW * usual
-        seeds: list[Source] = []
-        others: list[tuple[bool, float, float, Source]] = []
+        picker, maps, usual, most = self.picker, self.picker.maps, self._usual_seconds, self._most
+        missing, slow = picker.missing, swarm.SLOW * usual
+        seed: Source | None = None
+        best: Source | None = None
+        best_seconds, ties, is_best_outside = math.inf, 0, False
+        # one pass and few calls: this runs for each piece, a thousand times in a big image
         for source in self._sources.values():
+            if source.not_before > now or source.is_banned:
+                continue
             asked, mean = len(source.asked), source.mean_seconds
-            if source.is_banned or source.not_before > now:
-                continue
             # one request until it has shown that it is not slow
-            if asked >= (
-                1 if mean is None or (mean > slow and not source.is_seed) else self._most
-            ):
-                continue
+            if asked:
+                if mean is None or (mean > slow and not source.is_seed):
+                    continue
+                if asked >= most and (asked > most or not self._has_plenty(source, missing)):
+                    continue
             if source.is_seed:
-                if not source.is_injected and picker.missing:
+                if not source.is_injected and missing:
                     return source, None
-                seeds.append(source)
-            else:
-                # first what the whole rack waits for; then whoever is likely to be done soonest
-                seconds = (asked + 1) * (usual if mean is None else mean)
-                others.append((source.in_rack, seconds, self._rng.random(), source))
-        others.sort()
-        if seeds and now >= self._orphans_from:
+                seed = seed or source
+                continue
+            if not missing:
+                continue
+            name, is_outside = source.name, not source.in_rack
+            if is_outside:
+                if not picker.importable(name, self._importable):
+                    continue
+            elif not maps.get(name, 0) & missing:
+                continue
+            # first what the whole rack waits for; then whoever is likely to be done soonest
+            seconds = (asked + 1) * (usual if mean is None else mean)
+            if is_outside != is_best_outside:
+                if is_best_outside:
+                    continue
+                is_best_outside, best_seconds = True, math.inf
+            if seconds < best_seconds:
+                best, best_seconds, ties = source, seconds, 1
+            elif seconds == best_seconds:
+                ties += 1
+                if self._rng.random() * ties < 1.0:
+                    best = source
+        if seed is not None and now >= self._orphans_from:
             # what a host that is gone had alone: it has to reach all, so it comes first
             piece = self._choose_orphan(now)
             if piece is not None:
                 picker.started(piece)
-                return seeds[0], piece
-        missing = picker.missing
-        if missing:
-            for _, _, _, source in others:
-                # most have nothing for us: told apart without a call
-                if picker.known(source.name) & missing:
-                    among = -1 if source.in_rack else self._importable
-                    piece = picker.pick(source.name, self._rng, among=among)
-                    if piece is not None:
-                        return source, piece
-        if seeds:
+                return seed, piece
+        if best is not None:
+            among = self._importable if is_best_outside else -1
+            return best, picker.pick(best.name, self._rng, among=among)
+        if seed is not None:
             piece = self._choose_rare(now)
             if piece is not None:
                 picker.started(piece)
-                return seeds[0], piece
-        return self._choose_again([*(other[3] for other in others), *seeds], now)
+                return seed, piece
+        return self._choose_again(now) if picker.is_endgame else None
+
+    def _has_plenty(self, source: Source, missing: int) -> bool:
+        """Whether it has so much for us that we are behind: few others have, and one more may be asked of it."""
+        if source.is_seed or self._most >= MAX_REQUESTS_PER_SOURCE:
+            return False
+        return (self.picker.known(source.name) & missing).bit_count() >= PLENTY
 
     def _choose_orphan(self, now: float) -> int | None:
+        # a piece of the seed's choice that is still on its way would look like an orphan
+        if any(request.piece is None for request in self._out):
+            return None
         if self._refused:
             self._refused = {piece: at for piece, at in self._refused.items() if at > now}
         orphans = self.picker.orphans() & ~swarm.bits(self._refused)
@@ -253,27 +303,27 @@ class Receiver:
 
     def _choose_rare(self, now: float) -> int | None:
         """What to ask of a seed that has sent each piece once: it has an uplink to spare."""
-        # a piece of the seed's choice that is still on its way would look like an orphan
-        if any(request.piece is None for request in self._out):
-            return None
         orphan = self._choose_orphan(now)
+        if orphan is not None or any(request.piece is None for request in self._out):
+            return orphan
         # of few neighbours, what one has is not rare
-        if orphan is None and sum(one.is_heard for one in self._sources.values()) >= MIN_HEARD:
+        if sum(one.is_heard for one in self._sources.values()) >= MIN_HEARD:
             rare = self.picker.rare() & ~swarm.bits(self._refused)
             return swarm.choose(rare, self._rng) if rare else None
-        return orphan
+        return None
 
-    def _choose_again(self, ready: list[Source], now: float) -> tuple[Source, int] | None:
-        """The endgame: one of the last pieces, which is late, from a second source."""
-        if not ready or not self.picker.is_endgame:
-            return None
+    def _choose_again(self, now: float) -> tuple[Source, int] | None:
+        """The endgame: one of the last pieces, which is late, from a second source of the rack."""
         in_time = swarm.bits(
             request.piece
             for request in self._out
             if request.piece is not None and now - request.at <= self._usual_seconds
         )
+        # from outside each would cross into the rack twice
+        ready = [one for one in self._sources.values() if one.in_rack and not one.is_seed]
+        ready.sort(key=lambda one: (len(one.asked) + 1) * (one.mean_seconds or 0.0))
         for source in ready:
-            if source.is_seed:
+            if source.is_banned or source.not_before > now or len(source.asked) >= self._most:
                 continue
             mine = swarm.bits(one.piece for one in source.asked if one.piece is not None)
             piece = self.picker.pick_again(source.name, self._rng, but=in_time | mine)
@@ -338,6 +388,13 @@ class Receiver:
         """The neighbour does not have the piece after all."""
         assert request.piece is not None
         self.picker.neighbour_lacks(request.source.name, request.piece)
+
+    def grew(self) -> None:
+        """More of the image has come to its seeds: they are back, and have something to send."""
+        for source in self._sources.values():
+            if source.is_seed and source.bad_pieces < BAD_PIECES_TO_BAN:
+                source.failures = source.refusals = 0
+                source.not_before = 0.0
 
     def failed(self, source: Source, now: float) -> None:
         """The source did not answer as it should: it is left alone, longer each time."""

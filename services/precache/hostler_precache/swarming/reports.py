@@ -1,25 +1,38 @@
 """What agents report, stored in groups: thousands of hosts tell how far they are every few seconds.
 
-A report is answered once it is committed. Those that come while a transaction is on its way are
-stored together by the next, so the database sees a few statements a batch however many hosts
-there are.
+A report is answered once it is committed. Of two reports of one run of an agent the later one is
+meant, in whichever order they come.
 """
 
-import asyncio
-from typing import Final
+from collections.abc import Iterable, Sequence
 
-from hostler_common import db, errors
-from hostler_common.bus import Message
-from hostler_precache import messages, protocol
+from hostler_common import db
+from hostler_precache import protocol
+from hostler_precache.distribution import endings
 from hostler_precache.distribution.distribution_store import DistributionStore
-from hostler_precache.distribution.distributions import HostEnded
-from hostler_precache.distribution.rollout import PRESENT
 from hostler_precache.store import Store
+from hostler_precache.swarming.gathering import Gathering
 from hostler_precache.swarming.swarm_store import SwarmStore
 
-MAX_BATCH: Final = 500
-# a transaction costs the same for one report and for fifty: those of so long go into one
-GATHER_SECONDS: Final = 0.01
+
+def latest(reports: Iterable[tuple[str, protocol.HostReport]]) -> dict[str, protocol.HostReport]:
+    """The report of each host that is meant, of several in the order in which they came.
+
+    Within a session that is the one with the largest sequence, wherever it stands; of two sessions
+    the one that spoke last, since clocks of hosts jump and nothing else orders them.
+    """
+    found: dict[str, protocol.HostReport] = {}
+    for host, report in reports:
+        known = found.get(host)
+        if known is None or not _is_overtaken(report, known):
+            found[host] = report
+    return found
+
+
+def _is_overtaken(report: protocol.HostReport, by: protocol.HostReport) -> bool:
+    if report.session_id != by.session_id or report.sequence is None or by.sequence is None:
+        return False
+    return report.sequence < by.sequence
 
 
 class Reports:
@@ -29,88 +42,31 @@ class Reports:
         self._store = store
         self._distributions = distributions
         self._swarms = swarms
-        self._waiting: list[tuple[str, protocol.HostReport, asyncio.Future[None]]] = []
-        self._wake = asyncio.Event()
+        self._gathering = Gathering(self._store_some)
 
     async def put(self, host: str, report: protocol.HostReport) -> None:
-        """Return when what the host says is committed.
+        """Return when what the host says is committed, or is known to be overtaken.
 
         Raises:
             DatabaseUnavailable: it is not; the next report says it again.
         """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((host, report, done))
-        self._wake.set()
-        await done
+        await self._gathering.ask((host, report))
 
     async def run(self) -> None:
         """Store what waits, until cancelled."""
-        while True:
-            await self._wake.wait()
-            await asyncio.sleep(GATHER_SECONDS)
-            self._wake.clear()
-            while self._waiting:
-                batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-                await self._answer(batch)
+        await self._gathering.run()
 
-    async def _answer(
-        self, batch: list[tuple[str, protocol.HostReport, asyncio.Future[None]]]
-    ) -> None:
-        try:
-            # of two reports of one host the later one is meant
-            await self._store_some({host: report for host, report, _ in batch})
-        except errors.HostlerError as exc:
-            if len(batch) > 1 and not isinstance(exc, errors.Unavailable):
-                for one in batch:  # one of them cannot be stored: the others can
-                    await self._answer([one])
-                return
-            for _, _, done in batch:
-                if not done.done():
-                    done.set_exception(exc)
-            return
-        for _, _, done in batch:
-            if not done.done():  # who asked may have gone away
-                done.set_result(None)
-
-    async def _store_some(self, reports: dict[str, protocol.HostReport]) -> None:
+    async def _store_some(
+        self, reports: Sequence[tuple[str, protocol.HostReport]]
+    ) -> Sequence[None]:
         async with db.transaction(self._store.pool) as connection:
             # what a crash of the server takes with it of its last moments, every host says again
             # with its next report: nobody need wait for the disk
             await connection.execute("SET LOCAL synchronous_commit = off")
-            ended, finished = await self._swarms.report(connection, reports)
-            events = [_progress(one) for one in ended]
-            for distribution_id in finished:
-                image_id, states = await self._distributions.host_states(
-                    connection, distribution_id
+            ended, finished = await self._swarms.report(connection, latest(reports))
+            if ended or finished:
+                events = await endings.events_of(
+                    connection, self._distributions, ended=ended, finished=finished
                 )
-                events.append(
-                    messages.DISTRIBUTION_FINISHED.message(
-                        messages.DistributionFinished(
-                            distribution_id=str(distribution_id), image_id=image_id, hosts=states
-                        ),
-                        app_id=messages.APP_ID,
-                    )
-                )
-            if events:
                 await self._store.announce(connection, events)
-
-
-def _progress(ended: HostEnded) -> Message:
-    """What Nova says when a host has cached an image, or could not."""
-    has_it = ended.state in PRESENT
-    return messages.CACHE_PROGRESS.message(
-        messages.AggregateCacheProgress(
-            payload=messages.AggregateCachePayload(
-                data=messages.AggregateCacheData(
-                    uuid=str(ended.distribution_id),
-                    name=ended.image_id,
-                    host=ended.host,
-                    images_cached=[ended.image_id] if has_it else [],
-                    images_failed=[] if has_it else [ended.image_id],
-                    index=ended.index,
-                    total=ended.total,
-                )
-            )
-        ),
-        app_id=messages.APP_ID,
-    )
+        return [None] * len(reports)

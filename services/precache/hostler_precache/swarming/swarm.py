@@ -12,8 +12,9 @@ The policies, and why (simulated over N = 5 to 1,000 receivers):
   of the file is usable early.
 """
 
+import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,7 +27,11 @@ SLOW: Final = 4.0
 MIN_STUCK_SECONDS: Final = 2.0
 STUCK: Final = 8.0
 FIRST_SLOTS: Final = 2
+# so many askers wait at a host: more, and pieces that nobody else can fetch wait there behind others
+UPLOAD_QUEUE: Final = 5
 OVERDUE_FACTOR: Final = 4
+# so many pieces are sooner counted off one by one than found by halving
+FEW: Final = 12
 MIN_OVERDUE_SECONDS: Final = 0.25
 
 
@@ -48,7 +53,12 @@ def members(pieces: int) -> Iterator[int]:
 
 def choose(pieces: int, rng: random.Random) -> int:
     """One piece of a non-empty set, each as likely as another."""
-    rank = rng.randrange(pieces.bit_count())
+    count = pieces.bit_count()
+    rank = int(rng.random() * count) if count > 1 else 0
+    if rank <= FEW:
+        for _ in range(rank):
+            pieces &= pieces - 1
+        return (pieces & -pieces).bit_length() - 1
     low, width = 0, pieces.bit_length()
     while width > 1:
         half = width // 2
@@ -85,11 +95,15 @@ def from_hex(text: str, count: int) -> int:
 def turn(piece: int, name: str, names: Iterable[str]) -> int:
     """Whose turn it is to bring a piece into the rack: 0 for the first of the names, and so on.
 
-    Each name gets another order, and all who know the same names agree.
+    By rendezvous hashing (Thaler and Ravishankar, 1998): each piece has another order of names, and two who know
+    nearly the same names nearly agree.
     """
-    ordered = sorted({name, *names})
-    # a multiplicative hash (Knuth): pieces that leave a seed one after the other go to many
-    return (ordered.index(name) - (piece * 2654435761 >> 12)) % len(ordered)
+    mine = _rank(piece, name)
+    return sum(_rank(piece, other) < mine for other in {*names} - {name})
+
+
+def _rank(piece: int, name: str) -> tuple[bytes, str]:
+    return hashlib.blake2b(f"{piece}/{name}".encode(), digest_size=4).digest(), name
 
 
 def coverage(pieces: int, count: int, buckets: int) -> str:
@@ -139,10 +153,12 @@ class Picker:
         """
         self._count = count
         self._all = (1 << count) - 1
+        self._told = self._all
         self._have = have & self._all
         self._in_flight = 0
         self._twice = 0
-        self._window = max(MIN_WINDOW_PIECES, count // 4) if window is None else window
+        window = max(MIN_WINDOW_PIECES, count // 4) if window is None else window
+        self._window_mask = (1 << window) - 1
         self._endgame = max(2 * slots, count // 100)
         self._maps: dict[str, int] = {}
         self._outside: set[str] = set()
@@ -162,13 +178,21 @@ class Picker:
 
     @property
     def missing(self) -> int:
-        """The pieces it neither has nor has asked for."""
-        return self._all & ~(self._have | self._in_flight)
+        """The pieces it neither has nor has asked for, of those that it is told of."""
+        return self._told & ~(self._have | self._in_flight)
 
     @property
     def is_complete(self) -> bool:
         """Whether it has them all."""
         return self._have == self._all
+
+    def grew(self, told: int, here: int) -> None:
+        """Of an image that is still being fetched: only the pieces `told` can be checked, so far.
+
+        Those `here` have come without being asked for: they are zeros.
+        """
+        self._told = told & self._all
+        self._have |= here & self._all
 
     def neighbour_has(self, neighbour: str, pieces: int, *, in_rack: bool = True) -> None:
         """A neighbour says that it has these pieces too; those past the end are ignored.
@@ -182,7 +206,16 @@ class Picker:
             self._rack_has |= new
         else:
             self._outside.add(neighbour)
-        self._add(new)
+        # one more copy of each: binary addition, all columns at once
+        planes, index = self._planes, 0
+        while new:
+            if index == len(planes):
+                planes.append(new)
+                return
+            plane = planes[index]
+            planes[index] = plane ^ new
+            new &= plane
+            index += 1
 
     def forget_neighbour(self, neighbour: str) -> None:
         """A neighbour is gone, with all that it had."""
@@ -197,17 +230,29 @@ class Picker:
             self._remove(1 << piece)
             self._look_round()
 
-    def coming(self, pieces: int) -> None:
-        """Somebody in the rack is getting these from outside."""
-        self._coming |= pieces
+    def coming(self, pieces: int) -> int:
+        """Somebody in the rack is getting these from outside; those of which that was not known."""
+        new = pieces & self._all & ~(self._have | self._in_flight | self._rack_has | self._coming)
+        self._coming |= new
+        return new
 
     def not_coming(self, pieces: int) -> None:
         """They have come, or had the time to: they are not waited for any more."""
         self._coming &= ~pieces
 
+    @property
+    def maps(self) -> Mapping[str, int]:
+        """The pieces that each neighbour is known to have."""
+        return self._maps
+
     def known(self, neighbour: str) -> int:
         """The pieces that a neighbour is known to have."""
         return self._maps.get(neighbour, 0)
+
+    def importable(self, neighbour: str, among: int) -> int:
+        """What one outside the rack may be asked for: pieces of `among` that are not in the rack, nor coming."""
+        wanted = self._maps.get(neighbour, 0) & self.missing & among
+        return wanted & ~(self._rack_has | self._coming)
 
     def is_twice(self, piece: int) -> bool:
         """Whether the piece was asked of two."""
@@ -215,22 +260,26 @@ class Picker:
 
     def pick(self, neighbour: str, rng: random.Random, *, among: int = -1) -> int | None:
         """The piece of `among` to ask of this neighbour, now in flight; None where there is none."""
-        wanted = self._maps.get(neighbour, 0) & self.missing & among
-        if wanted and neighbour in self._outside:
-            wanted &= ~(self._rack_has | self._coming)
+        if neighbour in self._outside:
+            wanted = self.importable(neighbour, among)
+        else:
+            wanted = self._maps.get(neighbour, 0) & self.missing & among
         if not wanted:
             return None
-        gap = self._all & ~self._have
-        first = (gap & -gap).bit_length() - 1
-        inside = wanted & (((1 << self._window) - 1) << first)
-        piece = choose(self._rarest(inside or wanted), rng)
-        self.started(piece)
+        have = self._have
+        first = (~have & (have + 1)).bit_length() - 1
+        rarest = wanted & (self._window_mask << first) or wanted
+        for plane in reversed(self._planes):
+            rarest = rarest & ~plane or rarest
+        piece = choose(rarest, rng)
+        self._in_flight |= 1 << piece
         return piece
 
     @property
     def is_endgame(self) -> bool:
         """Whether only the last few pieces lack, and all of them are in flight."""
-        return not self.missing and 0 < self._in_flight.bit_count() <= self._endgame
+        is_last = self._told == self._all and not self.missing
+        return is_last and 0 < self._in_flight.bit_count() <= self._endgame
 
     def pick_again(self, neighbour: str, rng: random.Random, *, but: int) -> int | None:
         """In the endgame: a piece that is in flight from another, to ask of this neighbour too.
@@ -280,27 +329,11 @@ class Picker:
         """Whether the piece exists and is neither had nor in flight."""
         return 0 <= piece < self._count and bool(self.missing >> piece & 1)
 
-    def _rarest(self, wanted: int) -> int:
-        for plane in reversed(self._planes):
-            wanted = wanted & ~plane or wanted
-        return wanted
-
     def _anywhere(self) -> int:
         found = 0
         for plane in self._planes:
             found |= plane
         return found
-
-    def _add(self, pieces: int) -> None:
-        """Count one more copy of each: binary addition, all columns at once."""
-        planes = self._planes
-        for index, plane in enumerate(planes):
-            if not pieces:
-                return
-            planes[index] = plane ^ pieces
-            pieces &= plane
-        if pieces:
-            planes.append(pieces)
 
     def _remove(self, pieces: int) -> None:
         planes = self._planes
@@ -355,7 +388,8 @@ class SeedPolicy:
             count: pieces in the image.
             available: those that are verified; all, unless given.
             is_injected: each was sent once by an earlier run.
-            holes: pieces of zeros, which never travel.
+            holes: those that do not have to leave once: zeros, and, of an image that is fetched
+                again, what was sent of it before.
         """
         self._count = count
         self._all = (1 << count) - 1
@@ -376,26 +410,35 @@ class SeedPolicy:
         """Whether every piece is out, or on its way, for the first time."""
         return self._begun == self._all
 
-    def add(self, pieces: int) -> None:
-        """These pieces have been verified too (the image is still being fetched)."""
+    def add(self, pieces: int, *, holes: int = 0) -> None:
+        """These pieces have been verified too (the image is still being fetched), some of them holes."""
         self._available |= pieces & self._all
+        self._begun |= holes & self._all
 
-    def next(self, host: str, now: float) -> int | None:
+    def next(self, host: str, now: float, below: int | None = None) -> int | None:
         """The lowest piece that was never sent, or is stuck on its way to another; it is begun.
 
-        None when there is none yet, or no more.
+        None when there is none yet, or no more; nor any that is not `below` a number, if there is one.
         """
-        stuck = self._stuck(host, now)
+        stuck = self._stuck(host, now, below)
         if stuck is not None:
             self._spare -= 1
             self._begin(stuck, host, now)
             return stuck
-        fresh = self._available & ~self._begun
+        fresh = self._fresh(below)
         if not fresh:
             return None
         piece = (fresh & -fresh).bit_length() - 1
         self._begin(piece, host, now)
         return piece
+
+    def has_next(self, host: str, now: float, below: int | None = None) -> bool:
+        """Whether `next` would give a piece."""
+        return bool(self._fresh(below)) or self._stuck(host, now, below) is not None
+
+    def _fresh(self, below: int | None) -> int:
+        fresh = self._available & ~self._begun
+        return fresh if below is None else fresh & ((1 << below) - 1)
 
     def may_send(self, piece: int, host: str, now: float, *, spread_seconds: float) -> bool:
         """Whether to send a piece asked for by name, which is begun when the answer is yes.
@@ -443,7 +486,7 @@ class SeedPolicy:
         if not copies:
             self._under_way.add(piece)
 
-    def _stuck(self, host: str, now: float) -> int | None:
+    def _stuck(self, host: str, now: float, below: int | None) -> int | None:
         if self._seconds is None or self._spare <= 0:
             return None
         late = now - max(MIN_STUCK_SECONDS, STUCK * self._seconds)
@@ -451,7 +494,9 @@ class SeedPolicy:
             (
                 piece
                 for piece in self._under_way
-                if self._sent[piece].began < late and self._sent[piece].to != host
+                if self._sent[piece].began < late
+                and self._sent[piece].to != host
+                and (below is None or piece < below)
             ),
             default=None,
         )

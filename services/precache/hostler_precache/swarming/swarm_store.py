@@ -79,56 +79,105 @@ class SwarmStore:
         ]
 
     async def desired(self, host: str) -> list[Wanted]:
-        """What the host should have, most urgent first, one row a blob.
+        """What the host should have, most urgent first, one row a blob; see `desired_of`."""
+        return (await self.desired_of([host]))[host]
 
-        A host that distributions by labels did not know yet is part of them from now on.
+    async def desired_of(self, hosts: Collection[str]) -> dict[str, list[Wanted]]:
+        """What each of these hosts should have, most urgent first, one row a blob.
+
+        Hosts that distributions by labels did not know yet are part of them from now on.
         """
         async with db.transaction(self._pool) as connection:
+            asking = sorted(set(hosts))
             joined = await connection.fetch(
                 "INSERT INTO distribution_host (distribution_id, host, wave)"
-                " SELECT d.distribution_id, $1,"
+                " SELECT distribution_id, host, CASE WHEN n = 1 AND is_first THEN 0 ELSE 1 END"
+                " FROM (SELECT d.distribution_id, asking.host, d.percent, d.labels,"
+                "     row_number() OVER (PARTITION BY d.distribution_id ORDER BY asking.host) AS n,"
                 # where there was no host to try it on, the first that comes is the canary
-                "   CASE WHEN d.wave = 0 AND NOT EXISTS (SELECT 1 FROM distribution_host first"
-                "     WHERE first.distribution_id = d.distribution_id AND first.wave = 0)"
-                "   THEN 0 ELSE 1 END"
-                " FROM distribution d LEFT JOIN host ON host.host = $1"
-                " WHERE d.hosts IS NULL AND d.state IN ('fetching', 'distributing', 'done')"
-                "   AND coalesce(host.labels, '{}') @> d.labels"
-                "   AND NOT EXISTS (SELECT 1 FROM distribution_host known"
-                "     WHERE known.distribution_id = d.distribution_id AND known.host = $1)"
-                "   AND (d.percent IS NULL OR (SELECT count(*) FROM distribution_host other"
-                "       WHERE other.distribution_id = d.distribution_id) <"
-                "     ceil(d.percent / 100.0 * (SELECT count(*) FROM host every"
-                "       WHERE every.labels @> d.labels)))"
+                "     d.wave = 0 AND NOT EXISTS (SELECT 1 FROM distribution_host first"
+                "       WHERE first.distribution_id = d.distribution_id AND first.wave = 0)"
+                "       AS is_first"
+                "   FROM distribution d CROSS JOIN unnest($1::text[]) AS asking (host)"
+                "   LEFT JOIN host ON host.host = asking.host"
+                "   WHERE d.hosts IS NULL AND d.state IN ('fetching', 'distributing', 'done')"
+                "     AND coalesce(host.labels, '{}') @> d.labels"
+                "     AND NOT EXISTS (SELECT 1 FROM distribution_host known"
+                "       WHERE known.distribution_id = d.distribution_id"
+                "         AND known.host = asking.host)) new"
+                " WHERE percent IS NULL OR n + (SELECT count(*) FROM distribution_host other"
+                "       WHERE other.distribution_id = new.distribution_id) <="
+                "     ceil(percent / 100.0 * (SELECT count(*) FROM host every"
+                "       WHERE every.labels @> new.labels))"
+                # in the same order as any other: two replicas must not lock each other out
+                " ORDER BY distribution_id, host"
                 " ON CONFLICT DO NOTHING RETURNING distribution_id",
-                host,
+                asking,
             )
-            await self._finish(connection, {row["distribution_id"] for row in joined})
+            await self.settle(connection, {row["distribution_id"] for row in joined})
             rows = await connection.fetch(
-                "SELECT * FROM (SELECT DISTINCT ON (blob.blob_id) d.distribution_id, d.priority,"
-                "     d.created_at AS since, d.deadline_at, d.paused_at, d.is_open,"
-                "     blob.*,"
-                "     blob.image_id AS blob_image"
+                "SELECT * FROM (SELECT DISTINCT ON (h.host, blob.blob_id) h.host, blob.blob_id,"
+                "     d.distribution_id, d.priority, d.created_at AS since, d.deadline_at,"
+                "     d.paused_at IS NOT NULL OR NOT d.is_open AS is_paused"
                 "   FROM distribution_host h JOIN distribution d USING (distribution_id)"
-                "   JOIN blob ON blob.blob_id = d.blob_id AND blob.state = 'ready'"
-                "   WHERE h.host = $1 AND d.state IN ('distributing', 'done') AND h.wave <= d.wave"
+                "   JOIN blob ON blob.blob_id = d.blob_id AND blob.is_served"
+                "   WHERE h.host = ANY ($1::text[]) AND d.state IN ('distributing', 'done')"
+                "     AND h.wave <= d.wave"
                 # of several distributions of one blob, one that may go on lets it go on
-                "   ORDER BY blob.blob_id, (d.paused_at IS NULL AND d.is_open) DESC,"
+                "   ORDER BY h.host, blob.blob_id, (d.paused_at IS NULL AND d.is_open) DESC,"
                 "     d.priority DESC, d.deadline_at, d.created_at) wanted"
-                " ORDER BY priority DESC, deadline_at, since",
+                " ORDER BY host, priority DESC, deadline_at, since",
+                asking,
+            )
+            # one row a blob, without the manifest, which may have megabytes
+            blobs = {
+                row["blob_id"]: (blob_record(row), row["disk_format"])
+                for row in await connection.fetch(
+                    "SELECT blob_id, image_id AS blob_image, state, reason, seed, seed_url,"
+                    "   swarm_key, fetched_bytes, size_bytes, root, verification, disk_format"
+                    " FROM blob WHERE blob_id = ANY ($1::uuid[]) AND is_served",
+                    list({row["blob_id"] for row in rows}),
+                )
+            }
+        found: dict[str, list[Wanted]] = {host: [] for host in asking}
+        for row in rows:
+            if row["blob_id"] not in blobs:  # given up between the two statements
+                continue
+            blob, disk_format = blobs[row["blob_id"]]
+            found[row["host"]].append(
+                Wanted(
+                    distribution_id=DistributionId(row["distribution_id"]),
+                    image_id=blob.image_id,
+                    disk_format=disk_format,
+                    priority=row["priority"],
+                    is_paused=row["is_paused"],
+                    blob=blob,
+                )
+            )
+        return found
+
+    async def deleted_of(self, hosts: Collection[str]) -> dict[str, list[str]]:
+        """Of each host, the images that it was told to get and that were deleted at their source lately."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT h.host, (array_agg(DISTINCT d.image_id))[:1000] AS image_ids FROM image"
+                " JOIN distribution d USING (image_id) JOIN distribution_host h"
+                "   ON h.distribution_id = d.distribution_id AND h.host = ANY ($1::text[])"
+                " WHERE image.deleted_at > now() - interval '7 days' GROUP BY h.host",
+                sorted(set(hosts)),
+            )
+        return {row["host"]: row["image_ids"] for row in rows}
+
+    async def has_blob(self, host: str, blob_id: UUID) -> bool:
+        """Whether some distribution wants the blob on the host."""
+        async with db.connection(self._pool) as connection:
+            found = await connection.fetchval(
+                "SELECT EXISTS (SELECT 1 FROM distribution d JOIN distribution_host h"
+                "     USING (distribution_id) WHERE d.blob_id = $1 AND h.host = $2)",
+                blob_id,
                 host,
             )
-        return [
-            Wanted(
-                distribution_id=DistributionId(row["distribution_id"]),
-                image_id=row["image_id"],
-                disk_format=row["disk_format"],
-                priority=row["priority"],
-                is_paused=row["paused_at"] is not None or not row["is_open"],
-                blob=blob_record(row),
-            )
-            for row in rows
-        ]
+        return bool(found)
 
     # --- reports
 
@@ -141,8 +190,8 @@ class SwarmStore:
         few seconds; a row that says nothing new is not written.
         """
         # always in the same order: two replicas' batches must not lock each other out
-        hosts = sorted(reports)
-        await self._store_hosts(connection, [(host, reports[host]) for host in hosts])
+        ordered = [(host, reports[host]) for host in sorted(reports)]
+        hosts = await self._store_hosts(connection, ordered)
         told = [(host, blob) for host in hosts for blob in reports[host].blobs]
         if not told:
             return [], []
@@ -161,26 +210,34 @@ class SwarmStore:
                 for distribution_id, sent in _sent(blob).items()
             ],
         )
-        finished = await self._finish(connection, {row["distribution_id"] for row in changed})
+        finished = await self.settle(connection, {row["distribution_id"] for row in changed})
         return await self._ended(connection, changed), finished
 
     async def _store_hosts(
         self, connection: db.Connection, reports: Sequence[tuple[str, protocol.HostReport]]
-    ) -> None:
-        await connection.execute(
-            "INSERT INTO host (host, url, session_id, free_bytes, link_bytes_per_second, labels)"
+    ) -> list[str]:
+        """Returns the hosts whose report was not overtaken by a later one, in order."""
+        rows = await connection.fetch(
+            "INSERT INTO host AS old (host, url, session_id, free_bytes, link_bytes_per_second,"
+            "   labels, sequence)"
             " SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::bigint[], $5::bigint[],"
-            "   $6::jsonb[])"
+            "   $6::jsonb[], $7::bigint[])"
             " ON CONFLICT (host) DO UPDATE SET url = excluded.url, session_id = excluded.session_id,"
             "   free_bytes = excluded.free_bytes, labels = excluded.labels,"
-            "   link_bytes_per_second = excluded.link_bytes_per_second, seen_at = now()",
+            "   link_bytes_per_second = excluded.link_bytes_per_second, seen_at = now(),"
+            "   sequence = excluded.sequence"
+            " WHERE old.session_id <> excluded.session_id OR old.sequence IS NULL"
+            "   OR excluded.sequence IS NULL OR excluded.sequence > old.sequence"
+            " RETURNING old.host",
             [host for host, _ in reports],
             [report.url for _, report in reports],
             [UUID(report.session_id) for _, report in reports],
             [report.free_bytes for _, report in reports],
             [report.link_bytes_per_second for _, report in reports],
             [report.labels for _, report in reports],
+            [report.sequence for _, report in reports],
         )
+        return sorted(row["host"] for row in rows)
 
     async def _store_progress(
         self, connection: db.Connection, told: Sequence[tuple[str, protocol.BlobReport]]
@@ -299,7 +356,7 @@ class SwarmStore:
             is_seed,
         )
 
-    async def _finish(
+    async def settle(
         self, connection: db.Connection, changed: Collection[UUID]
     ) -> list[DistributionId]:
         """Of these distributions, some become done, or distribute again, as their hosts say."""
@@ -369,7 +426,7 @@ class SwarmStore:
         """Who has the blob or is told to get it, of those heard of lately, and under which limits."""
         async with db.transaction(self._pool) as connection:
             seed_url = await connection.fetchval(
-                "SELECT seed_url FROM blob WHERE blob_id = $1 AND state = 'ready'", UUID(blob_id)
+                "SELECT seed_url FROM blob WHERE blob_id = $1 AND is_served", UUID(blob_id)
             )
             rules = await connection.fetch(
                 "SELECT distribution_id, paused_at IS NOT NULL OR NOT is_open AS is_halted,"

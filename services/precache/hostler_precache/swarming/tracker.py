@@ -27,6 +27,7 @@ from hostler_precache.transfer.manifest import BlobId
 IDLE_SECONDS: Final = 10.0
 MOVING_SECONDS: Final = 1.0
 MEMBERS_READ_PER_SECOND: Final = 1000
+MEMBERS_AT_ONCE: Final = 100
 
 
 def grant(blob: BlobRecord, distribution_id: DistributionId, *, token_seconds: int) -> str:
@@ -46,13 +47,12 @@ def desired_image(
 ) -> protocol.DesiredImage:
     """What a host is told of an image that it should have."""
     blob = wanted.blob
-    assert blob.root is not None
     assert blob.size_bytes is not None
     return protocol.DesiredImage(
         distribution_id=str(wanted.distribution_id),
         image_id=wanted.image_id,
         blob_id=blob.blob_id,
-        root=blob.root.hex(),
+        root=blob.root.hex() if blob.root is not None else None,
         size_bytes=blob.size_bytes,
         disk_format=wanted.disk_format,
         priority=wanted.priority,
@@ -74,14 +74,14 @@ def cache_call(
 ) -> CacheCall:
     """The fanout of a distribution: all that a host needs to fetch the image.
 
-    The key of the swarm is not in it: a fanout is read by whoever is on the broker.
+    The key of the swarm is not in it: a fanout is read by whoever is on the broker. Nor is the root
+    while the image is still being fetched: nobody knows it.
     """
-    assert blob.root is not None
     meta: dict[str, object] = {
         "schema": "1.0",
         "distribution_id": str(distribution_id),
         "blob_id": blob.blob_id,
-        "root": blob.root.hex(),
+        "root": blob.root.hex() if blob.root is not None else None,
         "size_bytes": blob.size_bytes,
         "seeds": [blob.seed_url],
         "token": grant(blob, distribution_id, token_seconds=token_seconds),
@@ -114,7 +114,7 @@ class _Swarm:
         self._graph = graph.Graph(blob_id)
         self._urls: dict[str, str] = {}
         self._racks: dict[str, str | None] = {}
-        self._rules: dict[str, list[DistributionId]] = {}
+        self._rules: dict[str, Sequence[DistributionId]] = {}
         self._moving: Counter[DistributionId] = Counter()
         self.record: SwarmRecord | None = None
         self.lock = asyncio.Lock()
@@ -123,25 +123,42 @@ class _Swarm:
         self._name = secrets.token_hex(4)
         self._changes = 0
 
-    def take(self, record: SwarmRecord) -> None:
-        """The swarm is as the record says."""
-        urls = {member.host: member.url for member in record.members}
-        racks = {member.host: member.rack for member in record.members}
-        if urls != self._urls or racks != self._racks or self.record is None:
-            self._changes += 1
-        if self.record is not None and record.seeds != self.record.seeds:
-            self._changes += 1
-        for host in self._urls.keys() - urls.keys():
+    async def take(self, record: SwarmRecord) -> None:
+        """The swarm is as the record says. Of thousands of members it lets others be answered in between.
+
+        Until it is done, hosts are told of the swarm as it was, with those who joined so far. Who
+        calls it holds the lock. The graph's hosts are those of `_urls` all the while.
+        """
+        urls: dict[str, str] = {}
+        racks: dict[str, str | None] = {}
+        rules: dict[str, Sequence[DistributionId]] = {}
+        moving: Counter[DistributionId] = Counter()
+        is_new = False
+        for number, member in enumerate(record.members, start=1):
+            if number % MEMBERS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            host = member.host
+            urls[host], racks[host] = member.url, member.rack
+            rules[host] = member.distribution_ids
+            if member.is_moving:
+                moving.update(member.distribution_ids)
+            if self._urls.get(host) != member.url or self._racks.get(host, "") != member.rack:
+                is_new = True
+                self._graph.add(host, member.rack)
+                self._urls[host], self._racks[host] = member.url, member.rack
+        gone = self._urls.keys() - urls.keys()
+        for host in gone:
             self._graph.remove(host)
-        for member in record.members:
-            self._graph.add(member.host, member.rack)
-        self._urls, self._racks = urls, racks
-        self._rules = {one.host: list(one.distribution_ids) for one in record.members}
-        self._moving = Counter(
-            rule for one in record.members if one.is_moving for rule in one.distribution_ids
-        )
+        is_other = self.record is None or record.seeds != self.record.seeds
+        self._changes += is_new or bool(gone) or is_other
+        self._urls, self._racks, self._rules, self._moving = urls, racks, rules, moving
         self.record = record
         self.read_at = time.monotonic()
+
+    @property
+    def size(self) -> int:
+        """How many hosts are in it."""
+        return len(self._urls)
 
     @property
     def is_moving(self) -> bool:
@@ -260,8 +277,13 @@ class Tracker:
         if not known.is_moving:
             async with known.lock:  # another replica was told of what this host begins with
                 if time.monotonic() - known.read_at > MOVING_SECONDS:
-                    known.take(await self._read(blob_id))
+                    await known.take(await self._read(blob_id))
         known.add(host, report.url, report.labels.get("rack"))
+
+    def members(self, blob_id: BlobId) -> int:
+        """How many hosts are known to be in the swarm of the blob, as far as anybody has asked."""
+        known = self._swarms.get(blob_id)
+        return known.size if known is not None else 0
 
     def forget(self, blob_id: BlobId) -> None:
         """Distributions of the blob have changed: it is read again when somebody asks."""
@@ -278,18 +300,21 @@ class Tracker:
             is_ours = known.record is None or bool(known.record.rules)
             is_wanted = is_ours and now - known.asked_at <= self._member_seconds
             if is_wanted and now - known.read_at > known.lasts_seconds:
-                known.take(await self._read(blob_id))
+                async with known.lock:
+                    await known.take(await self._read(blob_id))
             # while they were read it may have been forgotten, and asked about again
             if not is_wanted and self._swarms.get(blob_id) is known:
                 del self._swarms[blob_id]
 
     async def _known(self, blob_id: BlobId) -> _Swarm:
-        known = self._swarms.setdefault(blob_id, _Swarm(blob_id))
+        known = self._swarms.get(blob_id)
+        if known is None:
+            known = self._swarms[blob_id] = _Swarm(blob_id)
         known.asked_at = time.monotonic()
         if known.record is None:
             async with known.lock:  # a thousand hosts ask at once, and one query answers them
                 if known.record is None:
-                    known.take(await self._read(blob_id))
+                    await known.take(await self._read(blob_id))
         return known
 
     async def _read(self, blob_id: BlobId) -> SwarmRecord:

@@ -1,7 +1,8 @@
 """Serving pieces: one aiohttp application part, the same at the seed and on every host.
 
     GET /v1/blobs/{blob_id}          a range of verified pieces (206), or the whole blob (200)
-    GET /v1/blobs/{blob_id}/next     seed only: the next piece that was never sent; 204 when all were
+    GET /v1/blobs/{blob_id}/next     seed only: the next piece that was never sent; 204 when all were;
+                                     with `below`, one of the first so many, which the asker can check
     GET /v1/blobs/{blob_id}/pieces   which pieces there are, then each new one as it comes, and those
                                      that are on their way here from outside the rack (NDJSON)
 
@@ -11,35 +12,37 @@ sender. Bytes go by `loop.sendfile`: the plain asyncio loop has it, uvloop has n
 """
 
 import asyncio
-import json
+import math
 import os
 import re
 import socket
 import time
+import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, Final
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 
 from hostler_common import errors, logs
-from hostler_precache.swarming import swarm, tokens, uploads
+from hostler_precache.swarming import tokens, uploads
 from hostler_precache.swarming.swarm import SeedPolicy
-from hostler_precache.transfer.manifest import BlobId, Manifest, Span
+from hostler_precache.transfer import piece_maps
+from hostler_precache.transfer.manifest import BlobId, PieceList, Span
+from hostler_precache.transfer.piece_maps import Watcher
 
 log = logs.get(__name__)
 
 HOST_HEADER: Final = "Hostler-Host"
-MAP_BATCH_SECONDS: Final = 0.05
-MAP_HEARTBEAT_SECONDS: Final = 5.0
-MAP_LINE_PIECES: Final = 1000
 SPREAD_SECONDS: Final = 2.0
 # a reader slower than this for a whole piece gives its slot back to the others
 SLOWEST_BYTES_PER_SECOND: Final = 128 * 1024
 _SEND_FLOOR_SECONDS: Final = 20.0
 REMEMBERED_TOKENS: Final = 1024
+KEPT_FILES: Final = 8
 _TLS_CHUNK_BYTES: Final = 256 * 1024
+_BELOW: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
 _RANGE: Final = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -80,7 +83,7 @@ class Blob:
         self,
         blob_id: BlobId,
         *,
-        manifest: Manifest,
+        manifest: PieceList,
         key: bytes,
         fd: int,
         have: int = 0,
@@ -95,9 +98,16 @@ class Blob:
         self.key = key
         self.policy = policy
         self.sent_bytes: Counter[str] = Counter()
+        self.is_withdrawn = False
         self._fd = fd
         self._have = have
-        self._watchers: set[_Watcher] = set()
+        # what a host is known to have, by its name
+        self.known: Callable[[str], int] = lambda host: 0
+        self._watchers: set[Watcher] = set()
+        self._files: list[BinaryIO] = []
+        weakref.finalize(self, _close_all, self._files)
+        self._telling: asyncio.TimerHandle | None = None
+        self._told_at = -math.inf
         self._grants: dict[str, tokens.Grant] = {}  # by token, each verified
 
     @property
@@ -107,30 +117,69 @@ class Blob:
 
     def add(self, piece: int) -> None:
         """The piece is verified and in the file: it is served, and those who watch are told."""
-        self._have |= 1 << piece
-        self.wake_watchers()
+        self.add_all(1 << piece)
+
+    def add_all(self, pieces: int) -> None:
+        """All of these are."""
+        self._have |= pieces
+        self._tell_soon()
 
     def lose(self, pieces: int) -> None:
         """These pieces are damaged: they are not served until they are added again."""
         self._have &= ~pieces
         for watcher in self._watchers:
-            watcher.told &= ~pieces
+            watcher.lose(pieces)
 
     def claim(self, piece: int) -> None:
         """The piece is being fetched from outside the rack: those who watch are told, too."""
         for watcher in self._watchers:
-            watcher.coming |= 1 << piece
-        self.wake_watchers()
+            watcher.claim(1 << piece)
+        self._tell_soon()
 
-    def wake_watchers(self) -> None:
-        """Those who watch look again."""
+    def end_watching(self) -> None:
+        """Nobody follows the piece map any more."""
         for watcher in self._watchers:
-            watcher.changed.set()
+            watcher.ended.set()
 
-    def opened(self) -> BinaryIO:
-        """The file with a position of its own, whatever its name now is; to be closed."""
-        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
-        return os.fdopen(fd, "rb", buffering=0)
+    def _tell_soon(self) -> None:
+        """At once; but what comes soon after is told together."""
+        if self._watchers and self._telling is None:
+            loop = asyncio.get_running_loop()
+            due = max(loop.time(), self._told_at + piece_maps.BATCH_SECONDS)
+            self._telling = loop.call_at(due, self._tell)
+
+    def _tell(self) -> None:
+        self._telling, self._told_at = None, asyncio.get_running_loop().time()
+        for watcher in self._watchers:
+            watcher.tell(self._have, self.known(watcher.host))
+
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """The file with a position of its own, whatever its name now is.
+
+        Raises:
+            BlobNotFound: it is withdrawn: the descriptor's number may be another file's by now.
+        """
+        if self.is_withdrawn:
+            raise BlobNotFound("no such blob is served here any more")
+        if self._files:
+            file = self._files.pop()
+        else:
+            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+            file = os.fdopen(fd, "rb", buffering=0)
+        try:
+            yield file
+        finally:
+            if self.is_withdrawn or len(self._files) >= KEPT_FILES:
+                file.close()
+            else:
+                self._files.append(file)  # opening it costs as much as sending a small piece
+
+    def withdrawn(self) -> None:
+        """It is not served any more, and holds no file open but those that are being sent."""
+        self.is_withdrawn = True
+        self.end_watching()  # of another blob of that id, they ask again
+        _close_all(self._files)
 
     def granted(self, token: str) -> tokens.Grant:
         """What the token allows; one that was seen is not verified again, until it expires.
@@ -150,24 +199,23 @@ class Blob:
             self._grants[token] = grant
         return grant
 
-    @asynccontextmanager
-    async def watching(self) -> AsyncIterator["_Watcher"]:
-        """Somebody who is told whenever pieces were added or claimed."""
-        watcher = _Watcher()
+    async def tell(self, watcher: Watcher) -> None:
+        """The watcher is told what is here, and from then on what is added or claimed, until it has ended."""
+        watcher.begin(self._have, self.manifest.count)
         self._watchers.add(watcher)
         try:
-            yield watcher
+            while not watcher.ended.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(piece_maps.HEARTBEAT_SECONDS):
+                        await watcher.ended.wait()
+                watcher.beat()
         finally:
             self._watchers.discard(watcher)
 
 
-class _Watcher:
-    """One who follows a piece map: woken by `changed`."""
-
-    def __init__(self) -> None:
-        self.changed = asyncio.Event()
-        self.told = 0
-        self.coming = 0
+def _close_all(files: list[BinaryIO]) -> None:
+    while files:
+        files.pop().close()
 
 
 class BlobServer:
@@ -209,11 +257,14 @@ class BlobServer:
 
     def serve(self, blob: Blob) -> None:
         """The blob is served from now on."""
+        blob.is_withdrawn = False
         self._blobs[blob.blob_id] = blob
 
     def withdraw(self, blob_id: BlobId) -> None:
         """The blob is no longer served; what is on its way out still leaves."""
-        self._blobs.pop(blob_id, None)
+        blob = self._blobs.pop(blob_id, None)
+        if blob is not None:
+            blob.withdrawn()
 
     def find(self, blob_id: BlobId) -> Blob | None:
         """The blob, if it is served here."""
@@ -228,7 +279,7 @@ class BlobServer:
         # ends the endless map streams; the server waits for the rest
         self._stopping = True
         for blob in self._blobs.values():
-            blob.wake_watchers()
+            blob.end_watching()
 
     # --- handlers
 
@@ -261,8 +312,12 @@ class BlobServer:
         policy = blob.policy
         if policy is None:
             raise BlobNotFound("only a seed chooses the piece")
+        below = _below(request, blob.manifest.count)
+        if not policy.is_injected and not policy.has_next(_host(request), time.monotonic(), below):
+            # known before a slot is taken: one that sends nothing is no measure of those that do
+            raise SenderBusy("the seed itself waits for the next piece")
         async with self._slots.taken():
-            piece = policy.next(_host(request), time.monotonic())
+            piece = policy.next(_host(request), time.monotonic(), below)
             if piece is None and policy.is_injected:
                 return web.Response(status=204)
             if piece is None:
@@ -271,28 +326,14 @@ class BlobServer:
 
     async def _pieces(self, request: web.Request) -> web.StreamResponse:
         blob, _ = self._authorized(request)
-        self._on_watcher(_host(request))
+        host = _host(request)
+        self._on_watcher(host)
         response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/x-ndjson"})
         await response.prepare(request)
-        async with blob.watching() as watcher:
-            watcher.told = blob.have
-            count = blob.manifest.count
-            await response.write(_line({"have": swarm.to_hex(watcher.told, count)}))
-            while not self._stopping:
-                watcher.changed.clear()
-                new, coming = blob.have & ~watcher.told, watcher.coming & ~blob.have
-                watcher.told, watcher.coming = blob.have, 0
-                for name, pieces in (("add", new), ("coming", coming)):
-                    for line in _lines(name, pieces):
-                        await response.write(line)
-                if new or coming:
-                    await asyncio.sleep(MAP_BATCH_SECONDS)
-                    continue
-                try:
-                    async with asyncio.timeout(MAP_HEARTBEAT_SECONDS):
-                        await watcher.changed.wait()
-                except TimeoutError:
-                    await response.write(b"\n")
+        if request.transport is None or self._stopping:
+            raise ConnectionResetError("the asker went away")
+        is_chunked = request.version >= HttpVersion11
+        await blob.tell(Watcher(host, request.transport, is_chunked=is_chunked))
         await response.write_eof()
         return response
 
@@ -419,6 +460,12 @@ def _span(request: web.Request, size_bytes: int) -> Span:
     return Span(start=start, stop=stop)
 
 
+def _below(request: web.Request, count: int) -> int:
+    """Of how many pieces, from the first on, the asker can check the bytes; all, unless it says so."""
+    text = request.query.get("below", "")
+    return min(int(text), count) if _BELOW.fullmatch(text) else count
+
+
 def _head(blob: Blob, span: Span, request: web.Request) -> web.StreamResponse:
     size = blob.manifest.size_bytes
     whole = hdrs.RANGE not in request.headers and span == Span(start=0, stop=size)
@@ -428,7 +475,7 @@ def _head(blob: Blob, span: Span, request: web.Request) -> web.StreamResponse:
         headers={
             hdrs.CONTENT_TYPE: "application/octet-stream",
             hdrs.ACCEPT_RANGES: "bytes",
-            hdrs.ETAG: f'"{blob.manifest.root.hex()}"',
+            hdrs.ETAG: f'"{blob.manifest.identity.hex()}"',
         },
     )
     if response.status == 206:
@@ -455,7 +502,15 @@ async def _transmit(
     """The bytes are handed to the connection; the file's position says how many, should it end early."""
     loop = asyncio.get_running_loop()
     if transport.get_extra_info("sslcontext") is None:
-        await loop.sendfile(transport, file, span.start, span.length)
+        count = 0
+        if not transport.get_write_buffer_size():
+            # what the kernel takes at once, often all of it, needs nothing of the loop
+            connection = transport.get_extra_info("socket")
+            with suppress(BlockingIOError):
+                count = os.sendfile(connection.fileno(), file.fileno(), span.start, span.length)
+            file.seek(span.start + count)
+        if count < span.length:
+            await loop.sendfile(transport, file, span.start + count, span.length - count)
         return
     # what is encrypted passes through this process: about a CPU-second more a GiB
     left = span.length
@@ -469,14 +524,3 @@ async def _transmit(
 
 def _host(request: web.Request) -> str:
     return request.headers.get(HOST_HEADER) or request.remote or "unknown"
-
-
-def _line(document: dict[str, object]) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
-
-
-def _lines(name: str, pieces: int) -> Iterator[bytes]:
-    """The set as lines of a piece map, none of them long."""
-    found = list(swarm.members(pieces))
-    for some in range(0, len(found), MAP_LINE_PIECES):
-        yield _line({name: found[some : some + MAP_LINE_PIECES]})

@@ -1,4 +1,6 @@
-"""Connections to peers on which pieces come: bytes go from the socket to the disk untouched.
+"""Connections to peers.
+
+On most of them pieces come: bytes go from the socket to the disk untouched.
 
 One request at a time on a connection, which is kept for the next one. The body is received by
 `BufferedProtocol` straight into a block; a full block is hashed and written by a thread
@@ -14,25 +16,29 @@ come of this answer, so whatever the peer has sent of it is read, and the end of
 us in any case. Not with TLS: of a record that has come in part nobody knows what is still to come.
 
 Sockets keep the kernel's own sizing of receive buffers, which grows further than SO_RCVBUF may.
+
+What a peer tells line by line, for as long as both live, comes on a connection of its own (`listen`),
+asked for by HTTP/1.0: then lines are all there is, and each costs one call.
 """
 
 import asyncio
+import contextlib
 import enum
 import math
 import socket
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Final, Self
+from functools import lru_cache, partial
+from typing import Any, Final, Self, TypeVar
 from urllib.parse import urlsplit
 
 from hostler_precache.transfer import response_head
 from hostler_precache.transfer.pieces import Landing
 from hostler_precache.transfer.response_head import Head, HeadError
+from hostler_precache.transfer.writers import Writers
 
 CONNECT_SECONDS: Final = 5.0
 STALL_SECONDS: Final = 10.0
@@ -45,6 +51,7 @@ KEPT_BLOCKS: Final = 8
 WRITER_THREADS: Final = 2
 # an explanation longer than this is not read to the end: the connection is closed instead
 _LONGEST_REFUSAL_BYTES: Final = 64 * 1024
+ProtocolT = TypeVar("ProtocolT", bound=asyncio.BaseProtocol)
 
 
 class ConnectionFailed(Exception):
@@ -83,7 +90,7 @@ class Connections:
         self._idle: dict[_Address, list[_Connection]] = defaultdict(list)
         self._open: set[_Connection] = set()
         self._blocks = _Blocks()
-        self._writers = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="precache-receive")
+        self._writers = Writers(WRITER_THREADS, name="precache-receive")
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,7 +98,7 @@ class Connections:
     async def __aexit__(self, *_: object) -> None:
         for connection in list(self._open):
             connection.abort("closed")
-        await asyncio.to_thread(self._writers.shutdown)  # the last blocks are being written
+        await asyncio.to_thread(self._writers.close)  # the last blocks are being written
 
     @asynccontextmanager
     async def ask(
@@ -125,6 +132,51 @@ class Connections:
             else:
                 connection.abort("given up")
 
+    async def listen(
+        self,
+        url: str,
+        path: str,
+        fields: dict[str, str],
+        hear: Callable[[bytes], None],
+        *,
+        longest_line_bytes: int,
+        quiet_seconds: float,
+    ) -> None:
+        """Send a GET request and hand each line of the answer to `hear`, until the peer ends it.
+
+        Args:
+            url: the peer's address.
+            path: below it, beginning with a slash.
+            fields: header fields besides Host.
+            hear: called with a line without its end; an empty one only shows that the peer lives.
+            longest_line_bytes: a peer that says more in one is not listened to.
+            quiet_seconds: nor one that says nothing for so long, or for twice as long.
+
+        Raises:
+            ConnectionFailed: the peer cannot be reached, refuses, says nothing any more, or what
+                cannot be understood.
+            Exception: what `hear` raises.
+        """
+        address = _address(url)
+        request = _request(address, path, fields, version="1.0")
+        listener = await self._opened(
+            address, lambda: _Listener(request, hear, longest_line_bytes), CONNECT_SECONDS
+        )
+        try:
+            while True:
+                listener.is_quiet = True
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(quiet_seconds):
+                        await listener.ended.wait()
+                if listener.failure is not None:
+                    raise listener.failure
+                if listener.ended.is_set():
+                    return
+                if listener.is_quiet:
+                    raise ConnectionFailed(f"nothing came for {quiet_seconds:g} s")
+        finally:
+            listener.abort()
+
     async def _begin(
         self, address: _Address, request: bytes, timeout_seconds: float
     ) -> tuple["_Connection", Head]:
@@ -156,24 +208,30 @@ class Connections:
             raise
 
     async def _connect(self, address: _Address, timeout_seconds: float) -> "_Connection":
-        loop = asyncio.get_running_loop()
+        connection = await self._opened(
+            address,
+            lambda: _Connection(
+                self._blocks,
+                self._writers,
+                on_lost=lambda connection: self._forget(address, connection),
+            ),
+            timeout_seconds,
+        )
+        self._open.add(connection)
+        return connection
+
+    async def _opened(
+        self, address: _Address, make: Callable[[], ProtocolT], timeout_seconds: float
+    ) -> ProtocolT:
         context = (self.tls or True) if address.is_tls else None
         try:
             async with asyncio.timeout(timeout_seconds):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(
-                        self._blocks,
-                        self._writers,
-                        on_lost=lambda connection: self._forget(address, connection),
-                    ),
-                    address.host,
-                    address.port,
-                    ssl=context,
+                _, protocol = await asyncio.get_running_loop().create_connection(
+                    make, address.host, address.port, ssl=context
                 )
         except (OSError, ValueError) as exc:  # ValueError: a name that cannot be looked up
             raise ConnectionFailed(f"not reached: {exc or type(exc).__name__}") from exc
-        self._open.add(connection)
-        return connection
+        return protocol
 
     def _forget(self, address: _Address, connection: "_Connection") -> None:
         self._open.discard(connection)
@@ -238,7 +296,7 @@ class _Connection(asyncio.BufferedProtocol):
     def __init__(
         self,
         blocks: _Blocks,
-        writers: ThreadPoolExecutor,
+        writers: Writers,
         *,
         on_lost: Callable[["_Connection"], None],
     ) -> None:
@@ -260,7 +318,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._is_paused = False
         self._head: Head | None = None
         self._landing: Landing | None = None
-        self._work: asyncio.Future[None] | None = None
+        self._is_writing = False
         self._begun = bytearray(response_head.MAX_HEAD_BYTES)  # the head, and what came with it
         # the block that fills, up to `_filled`; `_left` bytes of the body are still to come
         self._block: bytearray | None = None
@@ -409,7 +467,7 @@ class _Connection(asyncio.BufferedProtocol):
             return
         if self._left and self._filled < len(block):
             return
-        if self._waiter is None or self._work is not None:
+        if self._waiter is None or self._is_writing:
             # nobody has said yet where to; or the thread is still at the block before
             if self._left:
                 self._pause()
@@ -419,19 +477,18 @@ class _Connection(asyncio.BufferedProtocol):
             self._filled = 0
         elif self._filled:
             region = memoryview(block)[: self._filled]
-            self._work = self._loop.run_in_executor(self._writers, landing.write, region)
-            self._work.add_done_callback(lambda work: self._written(work, block))
+            self._is_writing = True
+            self._writers.run(partial(landing.write, region), partial(self._written, block))
             self._block = self._blocks.take() if self._left else None
             self._filled = 0
         if self._left:
             self._resume()
-        elif self._work is None:
+        elif not self._is_writing:
             self._complete()
 
-    def _written(self, work: "asyncio.Future[None]", block: bytearray) -> None:
-        self._work = None
+    def _written(self, block: bytearray, failure: BaseException | None) -> None:
+        self._is_writing = False
         self._blocks.give(block)
-        failure = work.exception()
         if failure is not None:
             self._fail(failure)
         elif self._phase is _Phase.BODY:
@@ -525,6 +582,77 @@ class _Connection(asyncio.BufferedProtocol):
         self._watch()
 
 
+class _Listener(asyncio.Protocol):
+    """One connection on which lines come; `ended` says that no more will, `failure` why, if not by itself."""
+
+    def __init__(
+        self, request: bytes, hear: Callable[[bytes], None], longest_line_bytes: int
+    ) -> None:
+        self.is_quiet = True
+        self.ended = asyncio.Event()
+        self.failure: Exception | None = None
+        self._request = request
+        self._hear = hear
+        self._longest_line_bytes = longest_line_bytes
+        self._transport: asyncio.Transport | None = None
+        self._begun = b""  # a head, or a line, whose end has not come
+        self._has_head = False
+
+    def abort(self) -> None:
+        """Close it now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected: the request leaves."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        self.is_quiet = False
+        if self.ended.is_set():
+            return
+        try:
+            self._take(self._begun + data)
+        except Exception as exc:  # noqa: BLE001  whoever listens is told, whatever it is
+            self._end(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is no more."""
+        if exc is not None or not self._has_head:
+            self._end(ConnectionFailed(f"connection lost: {exc or 'closed by the peer'}"))
+        self.ended.set()
+
+    def _take(self, data: bytes) -> None:
+        if not self._has_head:
+            head, end, data = data.partition(response_head.END)
+            if len(head) > response_head.MAX_HEAD_BYTES:
+                raise ConnectionFailed("a head without end")
+            if not end:
+                self._begun = head
+                return
+            try:
+                status = response_head.parse_unbounded(head)
+            except HeadError as exc:
+                raise ConnectionFailed(f"an answer that is not understood: {exc}") from exc
+            if status != 200:
+                raise ConnectionFailed(f"status {status}")
+            self._has_head = True
+        *lines, self._begun = data.split(b"\n")
+        if max(map(len, (*lines, self._begun))) > self._longest_line_bytes:
+            raise ConnectionFailed("a line without end")
+        for line in lines:
+            self._hear(line)
+
+    def _end(self, failure: Exception) -> None:
+        if not self.ended.is_set():
+            self.failure = failure
+            self.ended.set()
+            self.abort()
+
+
 @lru_cache(maxsize=1024)
 def _address(url: str) -> _Address:
     try:
@@ -543,9 +671,11 @@ def _address(url: str) -> _Address:
     )
 
 
-def _request(address: _Address, path: str, fields: dict[str, str]) -> bytes:
+def _request(
+    address: _Address, path: str, fields: dict[str, str], *, version: str = "1.1"
+) -> bytes:
     lines = [
-        f"GET {address.prefix}{path} HTTP/1.1",
+        f"GET {address.prefix}{path} HTTP/{version}",
         f"Host: {address.authority}",
         *(f"{name}: {value}" for name, value in fields.items()),
     ]

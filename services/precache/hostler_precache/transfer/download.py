@@ -13,11 +13,13 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from hostler_common import logs
 from hostler_precache.swarming import swarm
 from hostler_precache.swarming.receiving import Receiver, Request, Source
+from hostler_precache.swarming.swarm import News
 from hostler_precache.transfer.blobs import Blob
 from hostler_precache.transfer.peers import PeerBusyError, PeerClient, PeerError, PieceMissingError
 from hostler_precache.transfer.pieces import (
@@ -96,9 +98,12 @@ class Download:
             name=host,
         )
         self._picker = self._receiver.picker
+        blob.known = self._picker.known  # what a neighbour has need not be told to it
+        self._picker.grew(blob.manifest.known_pieces, 0)
         self._links: dict[str, _Link] = {}
         self._tasks: dict[Request, asyncio.Task[None]] = {}
         self._pace: swarm.Pace | None = None
+        self._most_requests = requests
         self._wake = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
         self.received = received or Received()
@@ -148,6 +153,15 @@ class Download:
                 source = self._receiver.add(name, is_seed=is_seed, in_rack=in_rack)
                 self._links[name] = _Link(source, url)
         self._start_followers()
+        self._wake.set()
+
+    def grew(self) -> None:
+        """The manifest has grown: what it tells of can be checked, and so may be asked for."""
+        zeros = self._store.grew()
+        self._picker.grew(self._blob.manifest.known_pieces, zeros)
+        if zeros:
+            self._blob.add_all(zeros)
+        self._receiver.grew()
         self._wake.set()
 
     def limit(self, bytes_per_second: int | None) -> None:
@@ -330,9 +344,7 @@ class Download:
         while True:
             link.heard_of.clear()
             try:
-                async for news in self._client.follow(link.url):
-                    self._receiver.heard(source, news, self._clock())
-                    self._wake.set()
+                await self._client.follow(link.url, partial(self._hear, link))
                 reason = "it closed the piece map"
             except PeerError as exc:
                 reason = str(exc)
@@ -342,6 +354,16 @@ class Download:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, source.not_before - self._clock())):
                     await link.heard_of.wait()
+
+    def _hear(self, link: _Link, news: News) -> None:
+        if link.follower is None:
+            return  # its last words, after we have stopped listening
+        for piece in swarm.members(self._receiver.heard(link.source, news, self._clock())):
+            self._blob.claim(piece)  # told on: not all of a rack are neighbours
+        if (
+            len(self._tasks) < self._most_requests
+        ):  # else there is nothing to ask for before one ends
+            self._wake.set()
 
     async def _flush_now_and_then(self) -> None:
         while True:

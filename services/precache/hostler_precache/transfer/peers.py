@@ -5,34 +5,22 @@ the piece is decided later, by the manifest.
 """
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Final, Protocol
 
-import aiohttp
-from aiohttp import hdrs, http_exceptions
+from aiohttp import hdrs
 
 from hostler_precache.swarming import swarm
 from hostler_precache.swarming.swarm import News
-from hostler_precache.transfer.blobs import HOST_HEADER, MAP_HEARTBEAT_SECONDS, MAP_LINE_PIECES
-from hostler_precache.transfer.connections import (
-    CONNECT_SECONDS,
-    Answer,
-    ConnectionFailed,
-    Connections,
-)
+from hostler_precache.transfer import piece_maps
+from hostler_precache.transfer.blobs import HOST_HEADER
+from hostler_precache.transfer.connections import Answer, ConnectionFailed, Connections
 from hostler_precache.transfer.manifest import BlobId
 from hostler_precache.transfer.pieces import Landing, PieceData, PieceStore
 from hostler_precache.transfer.response_head import Head
 
 LONGEST_RETRY_SECONDS: Final = 30.0
-# what aiohttp raises for a piece map; a line without end is none of its ClientErrors
-_UNREADABLE: Final = (
-    aiohttp.ClientError,
-    http_exceptions.HttpProcessingError,
-    TimeoutError,
-    ValueError,
-    RecursionError,
-)
+_LONGEST_LINE_BYTES: Final = 16 * 1024  # and a hex digit for each four pieces
 
 
 class PeerError(Exception):
@@ -72,8 +60,10 @@ class PeerClient(Protocol):
             PeerBusyError, PeerError, pieces.PieceStoreError: as for `fetch`.
         """
 
-    def follow(self, url: str) -> AsyncIterator[News]:
-        """What the peer says that it has, first all, then each time what is new or on its way.
+    async def follow(self, url: str, hear: Callable[[News], None]) -> None:
+        """Call `hear` with what the peer says that it has: first all, then what is new or on its way.
+
+        Not each piece: what it knows that this host has it does not tell. Returns when the peer ends it.
 
         Raises:
             PeerError: the peer is gone, or says what cannot be.
@@ -81,15 +71,10 @@ class PeerClient(Protocol):
 
 
 class HttpPeerClient:
-    """The real one. ``token`` gives the swarm's token as it stands: a long transfer outlives one.
-
-    Pieces come by `connections`, straight into the store's file; piece maps, which are small and never
-    end, by aiohttp.
-    """
+    """The real one. ``token`` gives the swarm's token as it stands: a long transfer outlives one."""
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
         connections: Connections,
         *,
         store: PieceStore,
@@ -97,7 +82,6 @@ class HttpPeerClient:
         token: Callable[[], str],
         host: str,
     ) -> None:
-        self._session = session
         self._connections = connections
         self._store = store
         self._path = f"/v1/blobs/{blob_id}"
@@ -126,7 +110,7 @@ class HttpPeerClient:
         """See `PeerClient`."""
         try:
             async with self._connections.ask(
-                url, f"{self._path}/next", self._headers(), timeout_seconds=timeout_seconds
+                url, self._next_path(), self._headers(), timeout_seconds=timeout_seconds
             ) as answer:
                 if answer.head.status == 204:
                     return None
@@ -134,6 +118,11 @@ class HttpPeerClient:
                 return piece, await self._land(answer, piece)
         except ConnectionFailed as exc:
             raise PeerError(str(exc)) from exc
+
+    def _next_path(self) -> str:
+        manifest = self._manifest
+        growing = manifest.known < manifest.count
+        return f"{self._path}/next" + (f"?below={manifest.known}" if growing else "")
 
     async def _land(self, answer: Answer, piece: int) -> Landing:
         landing = self._store.landing(piece)
@@ -147,35 +136,40 @@ class HttpPeerClient:
         if span is None or head.total_bytes not in (None, self._manifest.size_bytes):
             raise PeerError("no Content-Range, or of another blob")
         piece = span.start // self._manifest.piece_bytes
-        if not 0 <= piece < self._manifest.count or span != self._manifest.span(piece):
+        if not 0 <= piece < self._manifest.known or span != self._manifest.span(piece):
             raise PeerError("the peer sent what is not a piece")
         if head.length_bytes != span.length:
             raise PeerError("another number of bytes than the range has")
         return piece
 
-    async def follow(self, url: str) -> AsyncIterator[News]:
+    async def follow(self, url: str, hear: Callable[[News], None]) -> None:
         """See `PeerClient`."""
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=3 * MAP_HEARTBEAT_SECONDS
-        )
+
+        def take(line: bytes) -> None:
+            if not line:
+                return
+            try:
+                news = self._news(line)
+            except (ValueError, RecursionError) as exc:
+                raise PeerError(f"{type(exc).__name__}: {exc}") from exc
+            hear(news)
+
         try:
-            async with self._session.get(
-                f"{url.rstrip('/')}{self._path}/pieces",
-                headers={**self._headers(), hdrs.ACCEPT_ENCODING: "identity"},
-                timeout=timeout,
-                ssl=self._connections.tls or True,
-                allow_redirects=False,
-            ) as response:
-                if response.status != 200:
-                    raise PeerError(f"status {response.status}")
-                async for line in response.content:
-                    if line.strip():
-                        yield self._news(line)
-        except _UNREADABLE as exc:
-            raise PeerError(f"{type(exc).__name__}: {exc}") from exc
+            await self._connections.listen(
+                url,
+                f"{self._path}/pieces",
+                self._headers(),
+                take,
+                longest_line_bytes=_LONGEST_LINE_BYTES + self._manifest.count // 4,
+                quiet_seconds=3 * piece_maps.HEARTBEAT_SECONDS,
+            )
+        except ConnectionFailed as exc:
+            raise PeerError(str(exc)) from exc
 
     def _news(self, line: bytes) -> News:
-        said = json.loads(line)
+        said = json.loads(
+            str(line, "utf-8")
+        )  # from bytes, it would look for the encoding each time
         count = self._manifest.count
         match said:
             case {"have": str(text)}:
@@ -190,7 +184,7 @@ class HttpPeerClient:
 
 def _set(pieces: list[object], count: int) -> int:
     found = [piece for piece in pieces if type(piece) is int and 0 <= piece < count]
-    if len(found) != len(pieces) or len(found) > MAP_LINE_PIECES:
+    if len(found) != len(pieces) or len(found) > piece_maps.LINE_PIECES:
         raise ValueError("not pieces of this blob, or too many for a line")
     return swarm.bits(found)
 

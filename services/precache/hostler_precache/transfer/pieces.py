@@ -35,7 +35,7 @@ from typing import BinaryIO, Final, Self
 
 from hostler_precache.swarming import swarm
 from hostler_precache.transfer import manifest as manifests
-from hostler_precache.transfer.manifest import BlobId, Manifest, Span, spans
+from hostler_precache.transfer.manifest import BlobId, Manifest, PieceList, Span, spans
 
 WORK_DIRECTORY: Final = ".precache"
 FILE_MODE: Final = 0o644
@@ -45,7 +45,7 @@ _RECORD: Final = struct.Struct(">I")
 _CRC: Final = struct.Struct(">I")
 _RECORD_BYTES: Final = _RECORD.size + _CRC.size
 _READ_BYTES: Final = 1 << 20
-_ALLOCATED_BYTES: Final = 64 << 20  # at once: whoever closes the file waits for no more
+_ALLOCATED_BYTES: Final = 8 << 20  # at once: whoever writes, or closes the file, waits for no more
 
 Bytes = bytes | bytearray | memoryview
 
@@ -127,7 +127,7 @@ class Landing:
             self.store._write(self._spill.fileno(), block, self._length_bytes)
         else:
             start = self.store.manifest.span(self.piece).start
-            with self._lock:
+            with self.store._turn, self._lock:
                 if not self._is_revoked:
                     self.store._write(self.store.fileno(), block, start + self._length_bytes)
         self._length_bytes += len(block)
@@ -159,7 +159,7 @@ class PieceStore:
     def __init__(
         self,
         *,
-        manifest: Manifest,
+        manifest: PieceList,
         data: Path,
         data_fd: int,
         journal: "_Journal | None",
@@ -172,7 +172,7 @@ class PieceStore:
         self._journal = journal
         self._lock = threading.Lock()
         self._commit = threading.Lock()  # held while verified bytes get to their place
-        self._allocating = threading.Lock()
+        self._turn = _Turn()  # to write into the file, or to allocate a part of it
         self._is_closed = False
         self._unjournaled: list[int] = []
         self._journaled = have
@@ -185,7 +185,7 @@ class PieceStore:
         cls,
         directory: Path,
         blob_id: BlobId,
-        manifest: Manifest,
+        manifest: PieceList,
         *,
         reserve_bytes: int = 0,
         allocate: bool = True,
@@ -197,7 +197,8 @@ class PieceStore:
         Args:
             directory: where the final file will be; made if missing.
             blob_id: a UUID, part of the file names.
-            manifest: pieces of another manifest are never taken over.
+            manifest: pieces of another manifest are never taken over. It may still grow; then `grew`
+                is called each time. What was begun with one that grew is read through first.
             reserve_bytes: what must stay free besides.
             allocate: take the room at once; else `allocate` does it, beside the transfer.
 
@@ -212,9 +213,11 @@ class PieceStore:
             try:
                 work.mkdir(parents=True, exist_ok=True)
                 data_fd = _open_locked(data, os.O_CREAT, stack)
-                journal = _Journal(work / f"{blob_id}.journal", manifest)
+                journal = _Journal(work / f"{blob_id}.journal", manifest, blob_id)
                 stack.callback(journal.close)
                 have = journal.resume()
+                if have is not None and journal.has_grown:
+                    have = _intact(data_fd, manifest, have)
                 if have is None or os.fstat(data_fd).st_size != manifest.size_bytes:
                     # in this order: a journal never names pieces of a file that was cut
                     journal.clear()
@@ -283,6 +286,14 @@ class PieceStore:
         """The open file, still good after `place` gave it its final name."""
         return self._data_fd
 
+    def grew(self) -> int:
+        """Zero pieces that the manifest has told of meanwhile are there, as holes; returns the set."""
+        with self._lock:
+            zeros = self.manifest.zero_pieces & ~self._had
+            self._had |= zeros
+            self._journaled |= zeros
+        return zeros
+
     def allocate(self) -> None:
         """All that is not zeros has its place on the disk, which cannot fill up half-way any more.
 
@@ -297,7 +308,7 @@ class PieceStore:
             stop = self.manifest.span(run.stop - 1).stop
             for offset in range(start, stop, _ALLOCATED_BYTES):
                 length = min(_ALLOCATED_BYTES, stop - offset)
-                with self._allocating:
+                with self._turn:
                     if self._is_closed:
                         return
                     try:
@@ -348,10 +359,12 @@ class PieceStore:
                 other.revoke()  # not verified yet: it writes no more to this place
             offset = self.manifest.span(piece).start
             if not isinstance(data, Landing):
-                self._write(self._data_fd, data, offset)
+                with self._turn:
+                    self._write(self._data_fd, data, offset)
             elif data.is_spilled:
                 for block in data.blocks():
-                    self._write(self._data_fd, block, offset)
+                    with self._turn:
+                        self._write(self._data_fd, block, offset)
                     offset += len(block)
             elif data.is_revoked:
                 raise PieceStoreError(f"piece {piece} was given up")
@@ -423,7 +436,7 @@ class PieceStore:
             landings = list(self._landings.values())
         for landing in landings:  # a thread that still receives must not write to another's file
             landing.revoke()
-        with self._allocating:
+        with self._turn:
             self._is_closed = True
             os.close(self._data_fd)
         if self._journal is not None:
@@ -471,18 +484,51 @@ class PieceStore:
                 raise TargetExistsError(f"{target} exists") from exc
 
 
+class _Turn:
+    """A lock that everybody gets who waits for it: who gives it back does not take it again before them.
+
+    File systems let one at a time write into a file or allocate it, and who waits in the kernel burns
+    a core (a quarter of all that a transfer costs, on tmpfs). Where the C library allocates by writing
+    a byte into each block, what is written beside it could be lost.
+    """
+
+    def __init__(self) -> None:
+        self._next = threading.Lock()
+        self._held = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._held.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._held.release()
+
+
 class _Journal:
     """Which pieces of a partial file are on disk. Its methods raise OSError."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: PieceList, blob_id: BlobId) -> None:
         self.path = path
         self._manifest = manifest
+        self._growing = manifests.growing_identity(
+            blob_id, manifest.size_bytes, manifest.piece_bytes
+        )
+        self._identity = manifest.identity
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether it was begun when the manifest was not closed."""
+        return self._identity == self._growing
 
     def resume(self) -> int | None:
         """The pieces of the intact records, and what follows them is cut off; None: not of this manifest."""
         content = _read_all(self._fd)
-        header = self._header()
+        header = self._header(self._growing)
+        if content.startswith(header):
+            self._identity = self._growing
+        else:
+            header = self._header(self._identity)
         if not content.startswith(header):
             return None
         journaled, end = 0, len(header)
@@ -504,7 +550,8 @@ class _Journal:
 
     def begin(self) -> None:
         """It is of this manifest from now on."""
-        _write_all(self._fd, self._header())
+        self._identity = self._manifest.identity
+        _write_all(self._fd, self._header(self._identity))
         os.fsync(self._fd)
 
     def append(self, pieces: Collection[int]) -> None:
@@ -516,14 +563,14 @@ class _Journal:
         """Close it."""
         os.close(self._fd)
 
-    def _header(self) -> bytes:
+    def _header(self, identity: bytes) -> bytes:
         manifest = self._manifest
-        head = _HEADER.pack(_MAGIC, manifest.root, manifest.size_bytes, manifest.piece_bytes)
+        head = _HEADER.pack(_MAGIC, identity, manifest.size_bytes, manifest.piece_bytes)
         return head + _CRC.pack(zlib.crc32(head))
 
     def _record(self, piece: int) -> bytes:
         index = _RECORD.pack(piece)
-        return index + _CRC.pack(zlib.crc32(self._manifest.root + index))
+        return index + _CRC.pack(zlib.crc32(self._identity + index))
 
 
 def discard_others(directory: Path, wanted: Collection[str]) -> list[str]:
@@ -669,7 +716,17 @@ def _open_locked(path: Path, flags: int, stack: contextlib.ExitStack) -> int:
     return fd
 
 
-def _require_room(fd: int, manifest: Manifest, reserve_bytes: int) -> None:
+def _intact(fd: int, manifest: PieceList, pieces: int) -> int | None:
+    """Those of the pieces that are told of by now; None if one of them is not what it should be."""
+    buffer = memoryview(bytearray(_READ_BYTES))
+    told = pieces & manifest.known_pieces
+    for piece in swarm.members(told):
+        if _digest(fd, manifest.span(piece), buffer, None) != manifest.digest(piece):
+            return None
+    return told
+
+
+def _require_room(fd: int, manifest: PieceList, reserve_bytes: int) -> None:
     lacking = max(0, manifest.data_bytes - os.fstat(fd).st_blocks * 512)
     volume = os.fstatvfs(fd)
     free = volume.f_bavail * volume.f_frsize

@@ -19,6 +19,7 @@ END: Final = b"\r\n\r\n"
 _STATUS_LINE: Final = re.compile(
     rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*+)?(?=\r\n|\Z)"
 )
+_UNBOUNDED: Final = re.compile(_STATUS_LINE.pattern.replace(rb"1\.1", rb"1\.[01]"))
 _FIELDS: Final = re.compile(rb"(?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+)*+")
 # what changes how the body or the connection is read, and so may be said once
 _READ: Final = re.compile(
@@ -59,20 +60,7 @@ def parse(head: bytes) -> Head:
     status = _STATUS_LINE.match(head)
     if status is None:
         raise HeadError("not a final answer of HTTP/1.1")
-    if head.count(b"\r\n") > MAX_FIELDS:
-        raise HeadError("too many header fields")
-    if _FIELDS.fullmatch(head, status.end()) is None:
-        raise HeadError("a malformed header field")
-    fields: dict[bytes, bytes] = {}
-    for name, value in _READ.findall(head, status.end()):
-        known = name.lower()
-        if known in fields:
-            raise HeadError(f"{known.decode()} twice")
-        fields[known] = value.strip(b" \t")
-    if b"transfer-encoding" in fields:
-        raise HeadError("Transfer-Encoding")
-    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise HeadError("Content-Encoding")
+    fields = _fields(head, status.end())
     code = int(status[1])
     span, total = _content_range(fields.get(b"content-range"))
     return Head(
@@ -83,6 +71,38 @@ def parse(head: bytes) -> Head:
         retry_after_seconds=_seconds(fields.get(b"retry-after")),
         keeps_alive=fields.get(b"connection", b"keep-alive").lower() == b"keep-alive",
     )
+
+
+def parse_unbounded(head: bytes) -> int:
+    """The status of an answer to HTTP/1.0, whose body is all that comes until the connection ends.
+
+    Raises:
+        HeadError: it is no head of an answer as `blobs` gives them.
+    """
+    status = _UNBOUNDED.match(head)
+    if status is None:
+        raise HeadError("not a final answer of HTTP/1.0")
+    _fields(head, status.end())
+    return int(status[1])
+
+
+def _fields(head: bytes, start: int) -> dict[bytes, bytes]:
+    """Those that change how the body or the connection is read, by their names in small letters."""
+    if head.count(b"\r\n") > MAX_FIELDS:
+        raise HeadError("too many header fields")
+    if _FIELDS.fullmatch(head, start) is None:
+        raise HeadError("a malformed header field")
+    fields: dict[bytes, bytes] = {}
+    for name, value in _READ.findall(head, start):
+        known = name.lower()
+        if known in fields:
+            raise HeadError(f"{known.decode()} twice")
+        fields[known] = value.strip(b" \t")
+    if b"transfer-encoding" in fields:
+        raise HeadError("Transfer-Encoding")
+    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise HeadError("Content-Encoding")
+    return fields
 
 
 def _length(status: int, text: bytes | None) -> int:

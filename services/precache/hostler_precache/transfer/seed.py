@@ -1,5 +1,8 @@
 """This replica as a seed: the images on its disk, and the server that sends their pieces.
 
+Of an image that is still being fetched, those pieces are sent that hosts can check by now. Its file
+gets its name when it is complete; what is open stays open.
+
 A file is served again after a restart only once it was read through and found to be the image;
 its pieces count as sent, since they probably were: hosts get those that are nowhere else.
 """
@@ -8,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import uuid
+from collections import Counter
 from pathlib import Path
 
 from hostler_common import logs
@@ -15,7 +19,13 @@ from hostler_precache.distribution.distributions import BlobRecord
 from hostler_precache.swarming.swarm import SeedPolicy
 from hostler_precache.transfer import pieces
 from hostler_precache.transfer.blobs import Blob, BlobServer
-from hostler_precache.transfer.manifest import BlobId, Manifest, ManifestError, parse
+from hostler_precache.transfer.manifest import (
+    BlobId,
+    GrowingManifest,
+    Manifest,
+    ManifestError,
+    parse,
+)
 
 log = logs.get(__name__)
 
@@ -27,21 +37,65 @@ class Seed:
         self.name = name
         self.url = url
         self.session_id = uuid.uuid4()
-        self._directory = directory
+        self.directory = directory
         self._server = server
         self._descriptors: dict[BlobId, int] = {}
+        # totals of this process, also of what it serves again or no more
+        self._sent: dict[BlobId, Counter[str]] = {}
+
+    @property
+    def blob_ids(self) -> set[BlobId]:
+        """Those that are served."""
+        return set(self._descriptors)
 
     def path(self, blob_id: BlobId) -> Path:
         """Where the bytes of a blob are."""
-        return self._directory / blob_id
+        return self.directory / blob_id
 
-    async def serve(self, blob_id: BlobId, key: bytes, manifest: Manifest) -> None:
+    def grow(
+        self, blob_id: BlobId, key: bytes, path: Path, manifest: GrowingManifest, *, sent: int
+    ) -> None:
+        """A blob is served from the file that it is being fetched into, as far as `grew` says.
+
+        Args:
+            blob_id: which.
+            key: of its swarm.
+            path: the file, of full size.
+            manifest: which grows.
+            sent: the pieces that left when it was fetched before: hosts get those that are nowhere
+                else.
+
+        Raises:
+            pieces.PieceStoreError: the file cannot be read.
+        """
+        fd = self._descriptors[blob_id] = _opened(path, None)
+        policy = SeedPolicy(manifest.count, available=0, holes=sent)
+        self._serve(Blob(blob_id, manifest=manifest, key=key, fd=fd, policy=policy))
+
+    def grew(self, blob_id: BlobId) -> None:
+        """The manifest of a blob that grows was told further, and so far its bytes are there."""
+        blob = self._server.find(blob_id)
+        if blob is not None and blob.policy is not None:
+            listed = blob.manifest
+            blob.add_all(listed.known_pieces)
+            blob.policy.add(listed.known_pieces, holes=listed.zero_pieces)
+
+    async def serve(
+        self, blob_id: BlobId, key: bytes, manifest: Manifest, *, sent: int = 0
+    ) -> None:
         """The blob, which has just been fetched and checked, is served; each piece goes out once.
+
+        Those that were `sent` when it was fetched before count as out.
 
         Raises:
             pieces.PieceStoreError: its file cannot be read.
         """
-        policy = SeedPolicy(manifest.count, holes=manifest.zero_pieces)
+        grown = self._server.find(blob_id)
+        if grown is not None:
+            grown.manifest = manifest
+            self.grew(blob_id)
+            return
+        policy = SeedPolicy(manifest.count, holes=manifest.zero_pieces | sent)
         await self._open(blob_id, key, manifest, policy)
 
     async def resume(self, record: BlobRecord, manifest_body: bytes) -> bool:
@@ -66,7 +120,7 @@ class Seed:
     ) -> None:
         fd = await asyncio.to_thread(_opened, self.path(blob_id), manifest if check else None)
         self._descriptors[blob_id] = fd
-        self._server.serve(
+        self._serve(
             Blob(
                 blob_id,
                 manifest=manifest,
@@ -77,15 +131,16 @@ class Seed:
             )
         )
 
+    def _serve(self, blob: Blob) -> None:
+        blob.sent_bytes = self._sent.setdefault(blob.blob_id, Counter())
+        self._server.serve(blob)
+
     def sent_bytes(self) -> dict[str, int]:
         """What this process has sent, by distribution."""
-        total: dict[str, int] = {}
-        for blob_id in self._descriptors:
-            blob = self._server.find(blob_id)
-            if blob is not None:
-                for distribution_id, count in blob.sent_bytes.items():
-                    total[distribution_id] = total.get(distribution_id, 0) + count
-        return total
+        total: Counter[str] = Counter()
+        for sent in self._sent.values():
+            total.update(sent)
+        return dict(total)
 
     def close(self) -> None:
         """No blob is served any more, and every file is closed."""

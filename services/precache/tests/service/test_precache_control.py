@@ -6,150 +6,35 @@ Two replicas are two transactions here; no service runs, but where a request is 
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import aiohttp
 import asyncpg
 import pytest
-import pytest_asyncio
 import yarl
 
-from hostler_common import auth, client, db, errors
+from hostler_common import auth, client, db, errors, testing
 from hostler_precache import protocol
 from hostler_precache.distribution import rollout
-from hostler_precache.distribution.distribution_store import DistributionStore
-from hostler_precache.distribution.distributions import DistributionId, Policy, PolicyId
-from hostler_precache.distribution.policy_store import PolicyStore
+from hostler_precache.distribution.distributions import Policy
 from hostler_precache.distribution.rollout import Rollout, Targets, Verdict
 from hostler_precache.images import Image, Verification
-from hostler_precache.jobs import Pipeline
 from hostler_precache.sources.plugins import SourceError
-from hostler_precache.store import ImageNotFound, Store
-from hostler_precache.swarming.swarm_store import SwarmStore
-from hostler_precache.swarming.tracker import Tracker
-from hostler_precache.transfer.manifest import BlobId, ImageId
+from hostler_precache.store import ImageNotFound
+from hostler_precache.transfer.manifest import ImageId
 
 IMAGE = "image-1"
 MAX = 2**63 - 1
 SOON_SECONDS = 0.5  # what is not done by then waits for a lock
 
 
-class Control:
-    """The stores of one replica, and the rows that most of these tests begin with."""
-
-    def __init__(self, pool: db.Pool) -> None:
-        self.pool = pool
-        self.store, self.distributions = Store(pool), DistributionStore(pool)
-        self.swarms, self.policies = SwarmStore(pool), PolicyStore(pool)
-
-    async def add_image(self, image_id: str = IMAGE) -> None:
-        """The image is known."""
-        image = Image(image_id=ImageId(image_id), fetcher="http", location="http://images/1")
-        async with db.transaction(self.pool) as connection:
-            await self.store.add_image(connection, image)
-
-    async def add_blob(self, image_id: str = IMAGE, state: str = "ready") -> BlobId:
-        """Its bytes are at the seed."""
-        blob_id = uuid.uuid4()
-        async with db.transaction(self.pool) as connection:
-            await connection.execute(
-                "INSERT INTO blob (blob_id, image_id, state, seed, seed_url, swarm_key,"
-                "   lease_until, size_bytes, root, manifest, ready_at)"
-                " VALUES ($1, $2, $3, 'seed', 'http://seed', '\\x00', now(), 100, '\\x00', '{}',"
-                "   now() - interval '1 hour')",
-                blob_id, image_id, state,
-            )  # fmt: skip
-        return BlobId(str(blob_id))
-
-    async def distribute(
-        self, connection: "db.Connection | None" = None, **fields: Any
-    ) -> DistributionId:
-        """The image is wanted."""
-        distribution_id = DistributionId(uuid.uuid4())
-        values: dict[str, Any] = {
-            "image_id": IMAGE, "targets": Targets(hosts=["h1", "h2"]), "rollout": Rollout(),
-            "priority": 0, **fields,
-        }  # fmt: skip
-        if connection is not None:
-            await self.distributions.add_distribution(
-                connection, distribution_id=distribution_id, **values
-            )
-            return distribution_id
-        async with db.transaction(self.pool) as own:
-            return await self.distribute(own, **fields)
-
-    async def add_policy(self, images: Sequence[str] = (IMAGE,), **fields: Any) -> Policy:
-        """A policy that is due."""
-        policy_id = PolicyId(uuid.uuid4())
-        values: dict[str, Any] = {
-            "name": "policy", "lister": "static", "options": {"images": list(images)},
-            "hosts": ["h1", "h2"], "labels": {}, "priority": 0, "every_seconds": 3600, **fields,
-        }  # fmt: skip
-        async with db.transaction(self.pool) as connection:
-            await self.policies.add_policy(connection, policy_id=policy_id, **values)
-        return await self.policies.policy(policy_id)
-
-    def pipeline(self, lister: Any) -> Pipeline:
-        """What runs policies with this lister, and does nothing else."""
-        nothing: Any = None
-        return Pipeline(
-            settings=cast("Any", SimpleNamespace(public_url=None, token_seconds=60)),
-            store=self.store, distributions=self.distributions, swarms=self.swarms,
-            tracking=Tracker(self.swarms, member_seconds=30), policies=self.policies,
-            seed=nothing, plugins=cast("Any", SimpleNamespace(lister=lambda _: lister)),
-            metrics=cast("Any", SimpleNamespace(
-                policy_runs=SimpleNamespace(labels=lambda _: SimpleNamespace(inc=lambda: None))
-            )),
-        )  # fmt: skip
-
-    def report(self, host: str, *blobs: Mapping[str, Any]) -> protocol.HostReport:
-        """A report of the host."""
-        return protocol.HostReport(
-            url=f"http://{host}:8310",
-            session_id=str(uuid.uuid4()),
-            blobs=[protocol.BlobReport(**blob) for blob in blobs],
-        )
-
-    async def say(self, host: str, *blobs: Mapping[str, Any]) -> Any:
-        """The report is stored."""
-        async with db.transaction(self.pool) as connection:
-            return await self.swarms.report(connection, {host: self.report(host, *blobs)})
-
-    async def states(self, distribution_id: uuid.UUID) -> dict[str, str]:
-        """Where each host is."""
-        return {h.host: h.state for h in await self.distributions.progress(distribution_id)}
-
-
-@pytest_asyncio.fixture
-async def control(database_url: str) -> AsyncIterator[Control]:
-    """A database with one image."""
-    await db.migrate(database_url, schema="precache", package="hostler_precache")
-    async with db.open_pool(database_url, schema="precache") as pool:
-        made = Control(pool)
-        await made.add_image()
-        yield made
-
-
-class Lister:
-    """Lists the image, after the test has done what it wants to happen meanwhile."""
-
-    def __init__(self, meanwhile: Any) -> None:
-        self._meanwhile = meanwhile
-
-    async def list(self, options: Mapping[str, Any]) -> list[Image]:
-        """The image."""
-        del options
-        await self._meanwhile()
-        return [Image(image_id=ImageId(IMAGE), fetcher="http", location="http://images/1")]
-
-
 # --- replicas beside each other
 
 
-async def test_a_blob_that_a_new_distribution_wants_is_not_retired(control: Control) -> None:
+async def test_a_blob_that_a_new_distribution_wants_is_not_retired(control: Any) -> None:
     await control.add_blob()
     async with db.transaction(control.pool) as connection:
         made = await control.distribute(connection)
@@ -160,7 +45,7 @@ async def test_a_blob_that_a_new_distribution_wants_is_not_retired(control: Cont
 
 
 async def test_a_distribution_made_while_its_image_is_fetched_is_not_forgotten(
-    control: Control,
+    control: Any,
 ) -> None:
     first = await control.distribute()
     manifest: Any = SimpleNamespace(size_bytes=1, root=b"r", to_json=lambda: b"{}")
@@ -184,7 +69,7 @@ async def test_a_distribution_made_while_its_image_is_fetched_is_not_forgotten(
 
 
 async def test_a_policy_that_changes_its_hosts_and_a_host_that_ends_do_not_block_each_other(
-    control: Control,
+    control: Any,
 ) -> None:
     policy = await control.add_policy()
     blob_id = await control.add_blob()
@@ -202,13 +87,13 @@ async def test_a_policy_that_changes_its_hosts_and_a_host_that_ends_do_not_block
         changed = await control.swarms._store_progress(connection, told)
         running = asyncio.create_task(run())
         await asyncio.wait([running], timeout=SOON_SECONDS)
-        await control.swarms._finish(connection, {row["distribution_id"] for row in changed})
+        await control.swarms.settle(connection, {row["distribution_id"] for row in changed})
     await running
     assert await control.states(made) == {"h2": "waiting"}
 
 
 async def test_two_replicas_whose_hosts_end_together_end_the_distribution(
-    control: Control,
+    control: Any,
 ) -> None:
     blob_id = await control.add_blob()
     made = await control.distribute()
@@ -219,30 +104,31 @@ async def test_two_replicas_whose_hosts_end_together_end_the_distribution(
             await control.swarms._store_progress(connection, [("h2", told)])
             stored.set()
             await finishing.wait()
-            await control.swarms._finish(connection, {made})
+            await control.swarms.settle(connection, {made})
 
     stored, finishing = asyncio.Event(), asyncio.Event()
     running = asyncio.create_task(other())
     async with db.transaction(control.pool) as connection:
         await control.swarms._store_progress(connection, [("h1", told)])
         await stored.wait()
-        await control.swarms._finish(connection, {made})
+        await control.swarms.settle(connection, {made})
         finishing.set()
         await asyncio.wait([running], timeout=SOON_SECONDS)
     await running
     assert (await control.distributions.distribution(made)).state == "done"
 
 
-async def _changed(control: Control, policy: Policy, **fields: Any) -> Policy:
+async def _changed(control: Any, policy: Policy, **fields: Any) -> Policy:
     values: dict[str, Any] = {
         name: getattr(policy, name)
         for name in ("lister", "options", "hosts", "labels", "priority", "every_seconds")
     }
     await control.policies.change_policy(policy.policy_id, **(values | fields))
-    return await control.policies.policy(policy.policy_id)
+    found: Policy = await control.policies.policy(policy.policy_id)
+    return found
 
 
-async def test_a_host_joins_while_a_report_ends_its_distribution(control: Control) -> None:
+async def test_a_host_joins_while_a_report_ends_its_distribution(control: Any) -> None:
     blob_id = await control.add_blob()
     made = await control.distribute(targets=Targets(hosts=None))
     await control.swarms.desired("h1")
@@ -261,27 +147,31 @@ async def test_a_host_joins_while_a_report_ends_its_distribution(control: Contro
 # --- policies
 
 
-async def test_a_policy_that_is_removed_while_it_runs_leaves_nothing(control: Control) -> None:
+async def test_a_policy_that_is_removed_while_it_runs_leaves_nothing(
+    control: Any, lister_of: Any
+) -> None:
     policy = await control.add_policy()
 
     async def meanwhile() -> None:
         await control.policies.remove_policy(policy.policy_id)
 
-    await control.pipeline(Lister(meanwhile)).run_policies()
+    await control.pipeline(lister_of(meanwhile)).run_policies()
     assert await control.distributions.distributions(limit=10) == []
 
 
-async def test_two_runs_of_one_policy_at_once_distribute_an_image_once(control: Control) -> None:
+async def test_two_runs_of_one_policy_at_once_distribute_an_image_once(
+    control: Any, lister_of: Any
+) -> None:
     await control.add_policy()
     together = asyncio.Barrier(2)
-    pipeline = control.pipeline(Lister(together.wait))
+    pipeline = control.pipeline(lister_of(together.wait))
     policy = await control.policies.claim_policy()
     assert policy is not None
     await asyncio.gather(pipeline._run_policy(policy), pipeline._run_policy(policy))
     assert len(await control.distributions.distributions(limit=10)) == 1
 
 
-async def test_a_run_that_was_cut_off_is_due_again_long_before_the_next(control: Control) -> None:
+async def test_a_run_that_was_cut_off_is_due_again_long_before_the_next(control: Any) -> None:
     made = await control.add_policy(every_seconds=7 * 86400)
     policy = await control.policies.claim_policy()
     assert policy is not None
@@ -291,7 +181,7 @@ async def test_a_run_that_was_cut_off_is_due_again_long_before_the_next(control:
     assert policy.next_run_at - datetime.now(UTC) > timedelta(days=6)
 
 
-async def test_a_policy_that_is_changed_while_it_runs_runs_again(control: Control) -> None:
+async def test_a_policy_that_is_changed_while_it_runs_runs_again(control: Any) -> None:
     made = await control.add_policy()
     assert await control.policies.claim_policy() is not None
     await control.policies.run_policy_now(made.policy_id)
@@ -299,20 +189,20 @@ async def test_a_policy_that_is_changed_while_it_runs_runs_again(control: Contro
     assert await control.policies.claim_policy() is not None
 
 
-async def test_the_outcome_of_a_policy_may_be_any_text(control: Control) -> None:
+async def test_the_outcome_of_a_policy_may_be_any_text(control: Any, lister_of: Any) -> None:
     policy = await control.add_policy()
 
     async def meanwhile() -> None:
         raise SourceError("source.odd", "a\0b\ud800" + "c" * 100_000)
 
-    await control.pipeline(Lister(meanwhile)).run_policies()
+    await control.pipeline(lister_of(meanwhile)).run_policies()
     detail = (await control.policies.policy(policy.policy_id)).last_detail
     assert detail is not None
     assert "ab?cc" in detail
     assert len(detail) < 10_000
 
 
-async def test_an_image_that_cannot_be_is_refused_and_the_others_are_not(control: Control) -> None:
+async def test_an_image_that_cannot_be_is_refused_and_the_others_are_not(control: Any) -> None:
     bad = Image(image_id=ImageId("image-2"), fetcher="http", size_bytes=-1)
     with pytest.raises(errors.Invalid):
         async with db.transaction(control.pool) as connection:
@@ -322,7 +212,7 @@ async def test_an_image_that_cannot_be_is_refused_and_the_others_are_not(control
 # --- what is over, deleted or lost
 
 
-async def test_an_image_that_is_deleted_is_distributed_no_more(control: Control) -> None:
+async def test_an_image_that_is_deleted_is_distributed_no_more(control: Any) -> None:
     async with db.transaction(control.pool) as connection:
         await control.store.image_deleted(connection, IMAGE)
     with pytest.raises(ImageNotFound, match="deleted"):
@@ -332,7 +222,7 @@ async def test_an_image_that_is_deleted_is_distributed_no_more(control: Control)
 
 
 async def test_what_the_seed_has_lost_is_fetched_again_for_hosts_that_come_later(
-    control: Control,
+    control: Any,
 ) -> None:
     blob_id = await control.add_blob()
     made = await control.distribute()
@@ -346,7 +236,7 @@ async def test_what_the_seed_has_lost_is_fetched_again_for_hosts_that_come_later
     assert await control.states(made) == {"h1": "waiting", "h2": "waiting"}
 
 
-async def test_a_distribution_that_is_cancelled_is_told_of_no_more(control: Control) -> None:
+async def test_a_distribution_that_is_cancelled_is_told_of_no_more(control: Any) -> None:
     blob_id = await control.add_blob()
     cancelled, other = await control.distribute(), await control.distribute()
     await control.distributions.cancel(cancelled)
@@ -360,7 +250,7 @@ async def test_a_distribution_that_is_cancelled_is_told_of_no_more(control: Cont
 
 
 async def test_who_pauses_what_its_canaries_stopped_does_not_make_it_wait_for_them_again(
-    control: Control,
+    control: Any,
 ) -> None:
     await control.add_blob()
     made = await control.distribute(rollout=Rollout(canary_percent=50))
@@ -371,7 +261,7 @@ async def test_who_pauses_what_its_canaries_stopped_does_not_make_it_wait_for_th
     assert (await control.distributions.distribution(made)).wave == 1
 
 
-async def test_without_hosts_the_first_that_comes_is_the_canary(control: Control) -> None:
+async def test_without_hosts_the_first_that_comes_is_the_canary(control: Any) -> None:
     await control.add_blob()
     made = await control.distribute(
         targets=Targets(hosts=None), rollout=Rollout(canary_percent=10)
@@ -383,10 +273,120 @@ async def test_without_hosts_the_first_that_comes_is_the_canary(control: Control
     assert await control.swarms.desired("h2") == []
 
 
+# --- reports that overtake each other
+
+
+async def test_a_report_that_comes_after_a_later_one_changes_nothing(control: Any) -> None:
+    blob_id = await control.add_blob()
+    made = await control.distribute(targets=Targets(hosts=["h1"]))
+    keys = {"distribution_id": str(made), "blob_id": blob_id}
+    session = str(uuid.uuid4())
+
+    async def say(sequence: int, session: str = session, **blob: Any) -> Any:
+        report = control.report("h1", {**keys, **blob}).model_copy(
+            update={"session_id": session, "sequence": sequence, "free_bytes": sequence}
+        )
+        async with db.transaction(control.pool) as connection:
+            return await control.swarms.report(connection, {"h1": report})
+
+    ended, finished = await say(3, state="cached", bytes_done=100)
+    assert ([one.host for one in ended], finished) == (["h1"], [made])
+    for sequence in (2, 3, 1):  # one that was overtaken, one told twice, one long forgotten
+        late = await say(sequence, state="transferring", bytes_done=sequence)
+        assert late == ([], [])
+    assert await control.states(made) == {"h1": "cached"}
+    (host,) = await control.swarms.hosts(limit=10)
+    assert host.free_bytes == 3
+    # another run of the agent counts from the beginning
+    await say(1, session=str(uuid.uuid4()), state="transferring")
+    assert await control.states(made) == {"h1": "transferring"}
+
+
+async def test_two_replicas_that_hear_one_host_store_the_later_report(control: Any) -> None:
+    blob_id = await control.add_blob()
+    made = await control.distribute(targets=Targets(hosts=["h1"]))
+    session = str(uuid.uuid4())
+
+    def told(sequence: int) -> dict[str, protocol.HostReport]:
+        report = control.report(
+            "h1",
+            {"distribution_id": str(made), "blob_id": blob_id, "state": "transferring",
+             "pieces_done": sequence},
+        )  # fmt: skip
+        update = {"session_id": session, "sequence": sequence}
+        return {"h1": report.model_copy(update=update)}
+
+    async def other() -> None:
+        async with db.transaction(control.pool) as connection:
+            await control.swarms.report(connection, told(1))
+
+    await control.say("h1")
+    async with db.transaction(control.pool) as connection:
+        await control.swarms.report(connection, told(2))
+        running = asyncio.create_task(other())
+        await asyncio.wait([running], timeout=SOON_SECONDS)
+    await running
+    (host,) = await control.distributions.progress(made)
+    assert host.pieces_done == 2
+
+
+# --- what thousands ask at once
+
+
+async def test_hosts_that_ask_together_are_told_what_each_is_told_alone(control: Any) -> None:
+    await control.add_image("other")
+    for image_id in (IMAGE, "other"):
+        await control.add_blob(image_id)
+    await control.distribute(targets=Targets(hosts=["h1", "h2"]))
+    await control.distribute(targets=Targets(hosts=["h2"]), image_id="other", priority=5)
+    paused = await control.distribute(targets=Targets(hosts=["h3"]))
+    async with db.transaction(control.pool) as connection:
+        await control.distributions.pause(connection, paused, reason="by somebody")
+    hosts = ["h1", "h2", "h3", "h4", "h1"]
+    together = await control.swarms.desired_of(hosts)
+    assert {host: await control.swarms.desired(host) for host in hosts} == together
+    assert [one.image_id for one in together["h2"]] == ["other", IMAGE]
+    assert [one.is_paused for one in together["h3"]] == [True]
+    assert together["h4"] == []
+
+
+async def test_of_hosts_that_come_together_where_there_was_none_one_is_the_canary(
+    control: Any,
+) -> None:
+    await control.add_blob()
+    made = await control.distribute(
+        targets=Targets(hosts=None), rollout=Rollout(canary_percent=10)
+    )
+    told = await control.swarms.desired_of(["h1", "h2", "h3"])
+    progress = await control.distributions.progress(made)
+    assert [(one.host, one.wave) for one in progress] == [("h1", 0), ("h2", 1), ("h3", 1)]
+    assert [host for host in told if told[host]] == ["h1"]
+
+
+async def test_of_hosts_that_come_together_a_share_joins_and_one_is_the_canary(
+    control: Any,
+) -> None:
+    await control.add_blob()
+    hosts = [f"h{number}" for number in range(20)]
+    for host in hosts:
+        await control.say(host)
+    async with db.transaction(control.pool) as connection:
+        await connection.execute("DELETE FROM host WHERE host > 'h1'")  # all but h0 and h1
+    made = await control.distribute(
+        targets=Targets(hosts=None, percent=25), rollout=Rollout(canary_percent=10)
+    )
+    for host in hosts[2:]:
+        await control.say(host)
+    told = await control.swarms.desired_of(hosts)
+    progress = await control.distributions.progress(made)
+    assert len(progress) == 5
+    assert [one.host for one in progress if one.wave == 0] == [h for h in hosts if told[h]]
+
+
 # --- agents that lie
 
 
-async def test_totals_beyond_every_number_break_no_sum(control: Control) -> None:
+async def test_totals_beyond_every_number_break_no_sum(control: Any) -> None:
     blob_id = await control.add_blob()
     made = await control.distribute()
     (found,) = await control.distributions.distributions(limit=10)
@@ -478,6 +478,53 @@ async def test_no_number_and_no_text_in_a_request_is_our_fault(precache: Any) ->
         async with session.get(f"{service.url}/distributions/{made['distribution_id']}") as page:
             assert page.status == 200
     assert found == []
+
+
+async def test_a_hosts_token_speaks_for_that_host_and_a_shared_one_for_all(
+    precache: Any, source: Any, make_image: Any, request_of: Any, over: Any, tmp_path: Any
+) -> None:
+    data = make_image(1000)
+    names = {"h1": "agent@h1", "h2": "agent@h2", "shared": "agents", "operator": "agent@h9"}
+    tokens, lines = {}, []
+    for key, name in names.items():
+        role = auth.Role.OPERATOR if key == "operator" else auth.Role.AGENT
+        tokens[key], line = auth.new_token(name=name, role=role)
+        lines.append(line)
+    file = tmp_path / "tokens"
+    file.write_text("\n".join(lines))
+    report = {"url": "http://h1:8310", "session_id": str(uuid.uuid4())}
+    async with AsyncExitStack() as stack:
+        service = await stack.enter_async_context(
+            precache(auth_mode="token", auth_tokens_file=file)
+        )
+        apis = {
+            key: await stack.enter_async_context(client.open_api(service.url, token=token))
+            for key, token in tokens.items()
+        }
+        body = request_of("image", source.add("image", data), data, hosts=["h1"])
+        made = await apis["operator"].post("/v1/distributions", body)
+
+        async def announced() -> str | None:
+            found = await apis["operator"].get(f"/v1/distributions/{made['distribution_id']}")
+            return found["blob_id"] if found["state"] == "distributing" else None
+
+        blob = f"/v1/blobs/{await testing.eventually(announced)}"
+        for key in ("h1", "shared", "operator"):
+            await apis[key].put("/v1/hosts/h1/report", report)
+            assert len((await apis[key].get("/v1/desired", host="h1"))["images"]) == 1
+            assert (await apis[key].get(f"{blob}/manifest"))["size_bytes"] == 1000
+            await apis[key].get(f"{blob}/growth")
+        refused = [
+            apis["h2"].put("/v1/hosts/h1/report", report),
+            apis["h2"].get("/v1/desired", host="h1"),
+            apis["h2"].get("/v1/desired", host="h"),
+            apis["h2"].get(f"{blob}/manifest"),
+            apis["h2"].get(f"{blob}/growth"),
+        ]
+        for call in refused:
+            with pytest.raises(errors.Forbidden) as caught:
+                await call
+            assert caught.value.code == "auth.other_host"
 
 
 async def test_a_token_of_one_project_may_not_touch_what_is_every_projects(

@@ -1,5 +1,6 @@
 """List, Fetch, Serve, Distribute, on a real broker and database, with real agents."""
 
+import base64
 import json
 import os
 from collections.abc import Awaitable, Callable
@@ -49,6 +50,14 @@ async def test_an_image_reaches_three_hosts_and_little_more_than_one_copy_leaves
         assert answer["state"] == "done"
         assert answer["host_states"] == {"cached": 3}
         assert answer["verification"] == "hash"
+        desired = await service.api.get("/v1/desired", host="host-0")
+        image = desired["images"][0]
+        path = f"/v1/blobs/{image['blob_id']}/growth"
+        first = await service.api.get(path, after=0, most=2)
+        rest = await service.api.get(path, after=2)
+        assert (first["root"], rest["root"]) == (None, image["root"])
+        assert len(base64.b64decode(first["digests"])) == 2 * 32
+        assert first["digests"][:80] == (await service.api.get(path))["digests"][:80]
         for place in places:
             assert (place / image_id).read_bytes() == data
             assert not list((place / ".precache").glob("*.part"))

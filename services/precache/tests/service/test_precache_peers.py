@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import test_utils, web
@@ -108,9 +107,9 @@ async def asking(
     directory: Path, token: Callable[[], str] = lambda: "t"
 ) -> AsyncIterator[tuple[HttpPeerClient, pieces.PieceStore]]:
     store = pieces.PieceStore.open(directory, BLOB, LISTED)
-    async with aiohttp.ClientSession() as session, Connections() as made:
+    async with Connections() as made:
         yield (
-            HttpPeerClient(session, made, store=store, blob_id=BLOB, token=token, host="h"),
+            HttpPeerClient(made, store=store, blob_id=BLOB, token=token, host="h"),
             store,
         )
     store.close()
@@ -433,10 +432,8 @@ async def test_pieces_of_one_byte_come_over_one_connection(tmp_path: Path, peer:
         LISTED, size_bytes=len(data), piece_bytes=1, digests=digests, zero_pieces=0
     )
     store = pieces.PieceStore.open(tmp_path, BLOB, listed)
-    async with aiohttp.ClientSession() as session, Connections() as made:
-        client = HttpPeerClient(
-            session, made, store=store, blob_id=BLOB, token=lambda: "t", host="h"
-        )
+    async with Connections() as made:
+        client = HttpPeerClient(made, store=store, blob_id=BLOB, token=lambda: "t", host="h")
         for at in range(len(data)):
             said = head(
                 "HTTP/1.1 206 x",
@@ -677,7 +674,8 @@ async def mapping(lines: str, directory: Path) -> AsyncIterator[tuple[HttpPeerCl
 async def test_a_piece_map_says_what_there_is_and_what_is_coming(tmp_path: Path) -> None:
     lines = '{"have":"03"}\n\n{"add":[2,4]}\n{"coming":[3]}\n'
     async with mapping(lines, tmp_path) as (client, url):
-        told = [news async for news in client.follow(url)]
+        told: list[News] = []
+        await client.follow(url, told.append)
     assert told == [News(have=0b11), News(have=0b10100), News(coming=0b1000)]
 
 
@@ -701,5 +699,4 @@ async def test_a_piece_map_that_cannot_be_read_is_the_peers_failure(
 ) -> None:
     async with mapping(line + "\n", tmp_path) as (client, url):
         with pytest.raises(PeerError):
-            async for _ in client.follow(url):
-                pass
+            await client.follow(url, lambda news: None)

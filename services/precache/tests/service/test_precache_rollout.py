@@ -3,11 +3,13 @@
 The service is real; the hosts are told of by reports, as agents send them.
 """
 
+import html
 import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -19,9 +21,14 @@ MIB = 1 << 20
 class Cloud:
     """A service with hosts that say what the test makes them say."""
 
-    def __init__(self, api: Any) -> None:
-        self.api = api
+    def __init__(self, api: Any, url: str, source: str) -> None:
+        self.api, self.url, self.source = api, url, source
         self.sessions: dict[str, str] = {}
+
+    async def page(self, path: str) -> str:
+        """What a browser shows."""
+        async with aiohttp.ClientSession() as session, session.get(self.url + path) as response:
+            return html.unescape(await response.text())
 
     async def speak(self, host: str, labels: dict[str, str] | None = None, **blob: Any) -> Any:
         """One report of the host."""
@@ -47,14 +54,25 @@ class Cloud:
             await self.speak(host, state=state, **keys, **more)
 
 
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """Of the service, where a test needs others."""
+    return {}
+
+
 @pytest_asyncio.fixture
 async def cloud(
-    precache: Any, source: Any, make_image: Any, request_of: Any, image_id: str
+    precache: Any,
+    source: Any,
+    make_image: Any,
+    request_of: Any,
+    image_id: str,
+    settings: dict[str, Any],
 ) -> AsyncIterator[Cloud]:
     """Ten hosts in two zones, and an image that is fetched already."""
     data = make_image(2 * MIB)
-    async with precache() as service:
-        made = Cloud(service.api)
+    async with precache(**settings) as service:
+        made = Cloud(service.api, service.url, source.url)
         for number in range(10):
             await made.speak(f"h{number}", {"zone": "a" if number < 6 else "b", "rack": "r1"})
         body = request_of(image_id, source.add("image", data), data, hosts=["nobody"])
@@ -160,6 +178,69 @@ async def test_a_failed_canary_stops_the_others_until_somebody_resumes(
     assert len(await cloud.desired(rest)) == 1
 
 
+IMPATIENT = {"canary_silent_seconds": 1.0}
+
+
+@pytest.mark.parametrize("settings", [IMPATIENT])
+async def test_a_canary_that_is_silent_is_skipped_and_the_others_judge(
+    cloud: Cloud, distribute: Any, hostler_inbox: Any
+) -> None:
+    answer = await distribute(canary_percent=20)
+    alive, dead = hosts_of(answer, wave=0)
+    await cloud.end(alive, "cached")
+
+    async def goes_on() -> dict[str, Any] | None:
+        found: dict[str, Any] = await cloud.api.get(
+            f"/v1/distributions/{answer['distribution_id']}"
+        )
+        return found if found["wave"] == 1 else None
+
+    found = await testing.eventually(goes_on)
+    (skipped,) = [host for host in found["progress"] if host["state"] == "skipped"]
+    assert (skipped["host"], skipped["reason"]) == (dead, "host.silent: not heard of for 1 s")
+    told = await hostler_inbox("aggregate.cache_images.progress", count=2)
+    ends = [one["payload"]["nova_object.data"] for one in told]
+    assert [(one["host"], one["index"]) for one in ends] == [(alive, 1), (dead, 2)]
+    # it comes back, and is told what it should have as any other
+    await cloud.end(dead, "cached")
+    found = await cloud.api.get(f"/v1/distributions/{answer['distribution_id']}")
+    assert found["host_states"] == {"cached": 2, "waiting": 8}
+
+
+@pytest.mark.parametrize("settings", [IMPATIENT])
+async def test_without_a_canary_that_is_heard_it_stops_and_says_why(
+    cloud: Cloud, distribute: Any, hostler_inbox: Any
+) -> None:
+    answer = await distribute(canary_percent=20, hosts=["ghost", "h1"])
+    path = f"/v1/distributions/{answer['distribution_id']}"
+
+    async def stopped() -> dict[str, Any] | None:
+        found: dict[str, Any] = await cloud.api.get(path)
+        return found if found["state"] == "paused" else None
+
+    found = await testing.eventually(stopped)
+    reason = "canary.none_left: none of the first 1 hosts got it: 1 skipped"
+    assert found["paused_reason"] == reason
+    (event,) = await hostler_inbox("precache.distribution.paused")
+    assert event["reason"] == reason
+    page = await cloud.page(f"/distributions/{answer['distribution_id']}")
+    assert f"paused: {reason}" in page
+    assert (await cloud.api.post(f"{path}/resume", {}))["wave"] == 1
+
+
+@pytest.mark.parametrize("settings", [IMPATIENT])
+async def test_where_all_hosts_were_canaries_it_is_done_when_the_last_is_skipped(
+    cloud: Cloud, distribute: Any, over: Any, hostler_inbox: Any
+) -> None:
+    answer = await distribute(canary_percent=99, hosts=["ghost", "h1"])
+    assert len(hosts_of(answer, wave=0)) == 2
+    await cloud.end("h1", "existing")
+    found = await over(cloud.api, answer["distribution_id"])
+    assert (found["state"], found["host_states"]) == ("done", {"existing": 1, "skipped": 1})
+    (event,) = await hostler_inbox("precache.distribution.finished")
+    assert event["hosts"] == {"existing": 1, "skipped": 1}
+
+
 async def test_a_paused_distribution_tells_its_hosts_to_wait_and_then_to_go_on(
     cloud: Cloud, distribute: Any
 ) -> None:
@@ -220,6 +301,34 @@ async def test_a_limit_of_all_hosts_is_shared_by_those_that_still_move(
     assert changed["rollout"]["host_bytes_per_second"] is None
     (image,) = await cloud.desired("h1")
     assert image["limit_bytes_per_second"] is None
+
+
+async def test_what_a_policy_could_not_fetch_says_how_often_why_and_when_it_is_tried_again(
+    cloud: Cloud,
+) -> None:
+    image = {"image_id": "gone", "fetcher": "http", "location": f"{cloud.source}/gone"}
+    policy = {"name": "p", "lister": "static", "options": {"images": [image]}, "hosts": ["h1"]}
+    made = await cloud.api.post("/v1/policies", {**policy, "every_seconds": 3600})
+
+    async def failed(times: int = 1) -> dict[str, Any] | None:
+        found = (await cloud.api.get("/v1/distributions", image_id="gone"))["distributions"]
+        assert len(found) <= 1
+        return found[0] if found and found[0]["failures"] == times else None
+
+    first = await testing.eventually(failed)
+    assert first["state"] == "error"
+    assert first["reason"] == first["last_failure"]
+    assert first["retry_at"] > first["finished_at"]
+    page = await cloud.page(f"/distributions/{first['distribution_id']}")
+    assert "Not fetched 1 time in a row: tried again by its policy from " in page
+    await cloud.api.post(f"/v1/policies/{made['policy_id']}/run", {})
+
+    async def again() -> dict[str, Any] | None:
+        found = await failed()
+        return found if found and found["finished_at"] > first["finished_at"] else None
+
+    second = await testing.eventually(again)
+    assert second["distribution_id"] == first["distribution_id"]
 
 
 async def test_a_deadline_that_has_passed_is_told_once(

@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 
 from hostler_common import servers, settings, testing
 from hostler_precache.swarming import tokens
+from hostler_precache.swarming.swarm import News
 from hostler_precache.testing import certificate_files, image_of
 from hostler_precache.transfer import manifest, pieces, tls
 from hostler_precache.transfer.blobs import Blob, BlobServer
@@ -64,14 +64,8 @@ async def asking(
     directory: Path, contexts: tls.Tls | None
 ) -> AsyncIterator[tuple[HttpPeerClient, pieces.PieceStore]]:
     store = pieces.PieceStore.open(directory / "host", BLOB, listed())
-    async with (
-        aiohttp.ClientSession() as session,
-        Connections(tls=contexts.client if contexts else None) as made,
-    ):
-        yield (
-            HttpPeerClient(session, made, store=store, blob_id=BLOB, token=token, host="h"),
-            store,
-        )
+    async with Connections(tls=contexts.client if contexts else None) as made:
+        yield HttpPeerClient(made, store=store, blob_id=BLOB, token=token, host="h"), store
     store.close()
 
 
@@ -92,9 +86,10 @@ async def test_pieces_and_piece_maps_come_over_tls_as_they_are_and_are_counted(
 
         await asyncio.gather(*(get(number) for number in range(5)))
         assert os.pread(store.fileno(), len(DATA), 0) == DATA
-        async for news in client.follow(url):
-            assert news.have == blob.manifest.all_pieces
-            break
+        told: asyncio.Queue[News] = asyncio.Queue()
+        following = asyncio.create_task(client.follow(url, told.put_nowait))
+        assert (await told.get()).have == blob.manifest.all_pieces
+        following.cancel()
 
         async def counted() -> bool:
             return dict(blob.sent_bytes) == {"d": len(DATA)}
@@ -113,8 +108,7 @@ async def test_a_peer_of_another_authority_gets_nothing_and_is_not_believed(
                 with pytest.raises(PeerError):
                     await client.fetch(url, 0, timeout_seconds=5)
                 with pytest.raises(PeerError):
-                    async for _ in client.follow(url):
-                        pass
+                    await client.follow(url, lambda news: None)
         async with asking(tmp_path, ours) as (client, _):  # who speaks no TLS gets nothing either
             with pytest.raises(PeerError):
                 await client.fetch(url.replace("https", "http"), 0, timeout_seconds=5)

@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,10 +66,10 @@ class Network:
             await self.held[piece].wait()
         return piece, part(piece)
 
-    async def follow(self, url: str) -> AsyncIterator[swarm.News]:
+    async def follow(self, url: str, hear: Callable[[swarm.News], None]) -> None:
         if url not in self.has:
             raise PeerError("gone")
-        yield swarm.News(have=self.has[url])
+        hear(swarm.News(have=self.has[url]))
         await asyncio.Event().wait()
 
 

@@ -2,6 +2,8 @@
 
 import os
 import random
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -587,3 +589,31 @@ def test_zeros_and_the_size_of_a_placed_file_are_put_right_without_a_peer(tmp_pa
     store.write(2, DATA[:PIECE])
     store.close()
     assert path.read_bytes() == bytes(2 * PIECE) + DATA[:PIECE]
+
+
+def test_who_waits_to_write_comes_before_who_has_just_written(tmp_path: Path) -> None:
+    """Whoever allocates takes one turn after the other; pieces do not wait for the last of them."""
+    turn = pieces._Turn()
+    order: list[str] = []
+    waits = threading.Event()
+
+    def write() -> None:
+        waits.set()
+        with turn:
+            order.append("write")
+
+    with turn:
+        writer = threading.Thread(target=write)
+        writer.start()
+        waits.wait()
+        for _ in range(1000):
+            if turn._next.locked():
+                break
+            time.sleep(0.001)
+        else:
+            pytest.fail("who waits does not have the next turn")
+        order.append("allocate")
+    with turn:
+        order.append("allocate")
+    writer.join()
+    assert order == ["allocate", "write", "allocate"]

@@ -233,6 +233,91 @@ def test_a_piece_of_the_rack_is_fetched_in_the_rack() -> None:
     assert asked == {0: "near", 1: "far"}
 
 
+def test_what_comes_into_the_rack_is_told_on_once_and_by_nobody_to_whom_it_comes() -> None:
+    receiver = receiver_of()
+    near, other = receiver.add("near"), receiver.add("other")
+    far = receiver.add("far", in_rack=False)
+    assert receiver.heard(near, News(coming=0b011), 0.0) == 0b011
+    assert receiver.heard(other, News(coming=0b111), 0.1) == 0b100
+    assert receiver.heard(far, News(coming=0b1000), 0.1) == 0
+    receiver.heard(far, News(have=0b10000), 10.0)
+    request = receiver.ask(20.0)
+    assert request is not None
+    assert request.piece == 4
+    assert receiver.heard(near, News(coming=0b10000), 20.1) == 0
+    receiver.lacking(request)
+    receiver.ended(request)
+    # its own claim came back to it: it does not wait for itself
+    assert receiver.heard(near, News(coming=0b10000), 20.2) == 0
+    receiver.heard(far, News(have=0b10000), 20.3)
+    again = receiver.ask(20.3)
+    assert again is not None
+    assert again.piece == 4
+
+
+@given(
+    seconds=st.floats(0.01, 20.0),
+    have=PIECES,
+    coming=PIECES,
+)
+def test_the_rack_waits_no_longer_than_a_piece_may_take(
+    seconds: float, have: int, coming: int
+) -> None:
+    receiver = receiver_of(requests=COUNT)
+    near, far = receiver.add("near"), receiver.add("far", in_rack=False)
+    receiver.heard(near, News(coming=coming), 0.0)
+    receiver.heard(far, News(have=have), 0.0)
+    asked, now = 0, seconds
+    for _ in range(4 * COUNT):
+        while (request := receiver.ask(now)) is not None:
+            assert request.source is far
+            assert request.piece is not None
+            if now < receiving.FIRST_COMING_SECONDS:
+                assert not coming >> request.piece & 1
+            asked |= 1 << request.piece
+            receiver.lacking(request)
+            receiver.ended(request)
+        now += receiver.rest_seconds(now)
+    assert asked == have
+
+
+def test_one_that_has_plenty_for_us_is_asked_for_one_piece_more() -> None:
+    receiver, now = receiver_of(400, requests=10), 0.0
+    for name in "abcdefghijkl":
+        receiver.add(name)
+    source = receiver.find("a")
+    assert source is not None
+    receiver.heard(source, News(have=(1 << receiving.PLENTY) - 1), now)
+    first = receiver.ask(now)
+    assert first is not None
+    receiver.arrived(first, 0.1)
+    receiver.ended(first)
+    assert receiver.ask(0.1) is not None
+    assert receiver.ask(0.1) is None  # fifteen are not plenty
+    receiver.heard(source, News(have=(1 << 400) - 1), 0.1)
+    assert receiver.ask(0.1) is not None
+    assert receiver.ask(0.1) is None
+
+
+def test_the_endgame_asks_nobody_outside_the_rack_for_a_second_copy() -> None:
+    receiver = receiver_of(have=ALL & ~1)
+    receiver.heard(receiver.add("near"), News(have=ALL), 0.0)
+    receiver.heard(receiver.add("far", in_rack=False), News(have=ALL), 0.0)
+    assert receiver.ask(0.0) is not None
+    assert receiver.ask(100.0) is None
+
+
+def test_a_neighbour_that_rests_and_has_nothing_for_us_wakes_nobody() -> None:
+    receiver = receiver_of()
+    neighbour = receiver.add("a")
+    receiver.heard(neighbour, News(), 0.0)
+    receiver.failed(neighbour, 0.0)
+    assert receiver.rest_seconds(0.0) == 1.0
+    receiver.heard(neighbour, News(have=1), 0.0)
+    receiver.failed(neighbour, 0.0)
+    assert receiver.rest_seconds(0.0) == receiving.FIRST_REST_SECONDS * 2
+
+
 def test_the_loser_of_the_endgame_is_named_when_the_piece_is_there() -> None:
     receiver = receiver_of(have=ALL & ~1)
     receiver.heard(receiver.add("a"), News(have=ALL), 0.0)

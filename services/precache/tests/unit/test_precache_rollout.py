@@ -1,5 +1,6 @@
 """Windows, canaries, deadlines and the bound: decided from what is passed in, and right at the edges."""
 
+from collections import Counter
 from datetime import UTC, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
@@ -94,12 +95,52 @@ def test_a_time_zone_that_there_is_not_is_refused(zone: str) -> None:
         ({"cached": 2, "existing": 1}, Verdict.GO),
         ({"cached": 2, "error": 1}, Verdict.STOP),
         ({"unsupported": 1, "skipped": 1, "cached": 1}, Verdict.GO),
+        ({"unsupported": 1, "skipped": 2}, Verdict.NOBODY),
+        ({"skipped": 1, "error": 1}, Verdict.STOP),
     ],
 )
 def test_canaries_decide_when_all_of_them_have_ended(
     states: dict[str, int], verdict: Verdict
 ) -> None:
     assert rollout.canary_verdict(states) is verdict
+
+
+STATES = ("waiting", "transferring", "cached", "existing", "error", "unsupported", "skipped")
+CANARIES = st.dictionaries(
+    st.text("abc", min_size=1, max_size=3),
+    st.tuples(st.sampled_from(STATES), st.floats(0, 10_000)),
+    min_size=1,
+)
+
+
+@given(CANARIES, st.floats(0, 10_000), st.floats(1, 1000))
+def test_a_silent_canary_is_neither_waited_for_nor_its_word_taken(
+    canaries: dict[str, tuple[str, float]], listened: float, patience: float
+) -> None:
+    waited = {
+        host: seconds for host, (state, seconds) in canaries.items() if state in rollout.OPEN
+    }
+    silent = rollout.silent(waited, listened_seconds=listened, patience_seconds=patience)
+    assert set(silent) <= waited.keys()
+    assert not silent or listened > patience
+    after = Counter(
+        "skipped" if host in silent else state for host, (state, _) in canaries.items()
+    )
+    verdict = rollout.canary_verdict(after)
+    judges = Counter(
+        state for host, (state, _) in canaries.items()
+        if host not in silent and state not in ("skipped", "unsupported")
+    )  # fmt: skip
+    # by the others it is judged as if the silent ones had never been among the canaries
+    assert verdict is (rollout.canary_verdict(judges) if judges else Verdict.NOBODY)
+    if listened > patience and all(seconds > patience for seconds in waited.values()):
+        assert verdict is not Verdict.WAIT
+
+
+def test_nobody_is_silent_while_nobody_listens() -> None:
+    told = {"h1": 1000.0, "h2": 20.0}
+    assert rollout.silent(told, listened_seconds=10, patience_seconds=60) == []
+    assert rollout.silent(told, listened_seconds=100, patience_seconds=60) == ["h1"]
 
 
 def test_a_share_is_rounded_up() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from hostler_common import settings
+from hostler_common.testing import eventually
 from hostler_precache import testing
 from hostler_precache.metrics import AgentMetrics
 from hostler_precache.placing import keeper, scrub
@@ -36,17 +38,22 @@ def metrics() -> AgentMetrics:
 def shelf(tmp_path: Path) -> Iterator[Shelf]:
     """A shelf with one image on it."""
     shelf = Shelf(DirectoryPlacer(tmp_path / "images", "{image_id}"))
+    put(shelf, WANTED)
+    yield shelf
+    shelf.close()
+
+
+def put(shelf: Shelf, wanted: Wanted) -> None:
+    """The image is on the shelf."""
     hasher = manifest.Hasher(PIECE)
     hasher.update(DATA)
     listed = hasher.finish()
-    shelf.make_room(WANTED, listed)
-    store = pieces.PieceStore.open(shelf.directory, WANTED.blob_id, listed)
+    shelf.make_room(wanted, listed)
+    store = pieces.PieceStore.open(shelf.directory, wanted.blob_id, listed)
     for piece, span in manifest.spans(listed):
         store.write(piece, DATA[span.start : span.stop])
-    shelf.place(WANTED, store, listed)
+    shelf.place(wanted, store, listed)
     store.close()
-    yield shelf
-    shelf.close()
 
 
 def damage(path: Path, *places: int) -> None:
@@ -146,6 +153,52 @@ async def test_what_cannot_be_repaired_is_remembered_and_tried_again(
 
     assert await scrubbed(shelf, metrics, from_peers) == (0, [0b10])
     assert only(shelf).damaged_pieces == 0
+
+
+async def test_a_repair_that_nobody_can_help_with_keeps_no_other_file_from_being_read(
+    shelf: Shelf, metrics: AgentMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Wanted(
+        image_id=ImageId("other"), blob_id=BlobId("5a0e1d0e-0000-4000-8000-000000000002")
+    )
+    put(shelf, other)
+    for one in (WANTED, other):
+        damage(shelf.target(one), PIECE)
+    begun: list[str] = []
+    helped = asyncio.Event()
+
+    async def later(record: Record, path: Path, listed: Manifest, damaged: int) -> int:
+        begun.append(record.image_id)
+        await helped.wait()
+        return await from_peers(record, path, listed, damaged)
+
+    loaded = settings.load(
+        AgentSettings,
+        amqp_url="amqp://nowhere/",
+        precache_url="http://nowhere",
+        scrub_seconds=0.01,
+        scrub_bytes_per_second=1 << 40,
+    )
+    monkeypatch.setattr(keeper, "RETRY_SECONDS", 0.0)
+    scrubbing = asyncio.create_task(
+        keeper._scrub_forever(
+            shelf, damaged=lambda _, __: None, repair=later, settings=loaded, metrics=metrics
+        )
+    )
+
+    async def both_begun() -> bool:
+        return len(begun) == 2
+
+    async def both_right() -> bool:
+        return all(shelf.target(one).read_bytes() == DATA for one in (WANTED, other))
+
+    await eventually(both_begun)
+    assert sorted(begun) == ["golden", "other"]  # and none of them twice, though both are due
+    helped.set()
+    await eventually(both_right)
+    scrubbing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scrubbing
 
 
 async def test_a_file_that_was_replaced_meanwhile_is_not_scrubbed(

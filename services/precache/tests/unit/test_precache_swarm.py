@@ -1,6 +1,7 @@
 """The decisions of the swarm hold whatever the order of events."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -134,6 +135,21 @@ class PickerMachine(RuleBasedStateMachine):
 
 TestPicker = PickerMachine.TestCase
 TestPicker.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@given(pieces=st.sets(st.integers(0, 199), min_size=1), seed=st.integers(0, 99))
+def test_one_of_the_set_is_chosen_however_many_there_are(pieces: set[int], seed: int) -> None:
+    assert swarm.choose(swarm.bits(pieces), random.Random(seed)) in pieces
+
+
+@pytest.mark.parametrize("count", [2, swarm.FEW, swarm.FEW + 2, 60])
+def test_each_piece_is_as_likely_as_another(count: int) -> None:
+    rng, drawn = random.Random(1), Counter[int]()
+    pieces = swarm.bits(range(0, 3 * count, 3))
+    for _ in range(200 * count):
+        drawn[swarm.choose(pieces, rng)] += 1
+    assert sorted(drawn) == list(range(0, 3 * count, 3))
+    assert 130 < min(drawn.values()) <= max(drawn.values()) < 270
 
 
 def test_ties_are_broken_at_random() -> None:

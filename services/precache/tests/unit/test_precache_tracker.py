@@ -1,9 +1,14 @@
 """The tracker's memory: current, bounded, and never in its own way."""
 
+import asyncio
 import math
 import time
 import uuid
 from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hostler_precache import protocol
 from hostler_precache.distribution.distributions import (
@@ -12,7 +17,8 @@ from hostler_precache.distribution.distributions import (
     SwarmRecord,
     SwarmRule,
 )
-from hostler_precache.swarming.tracker import Tracker
+from hostler_precache.swarming import tracker as module
+from hostler_precache.swarming.tracker import MEMBERS_AT_ONCE, Tracker
 from hostler_precache.transfer.manifest import BlobId
 
 ONE, OTHER = BlobId("one"), BlobId("other")
@@ -26,6 +32,7 @@ class Records:
         self.is_halted = False
         self.has_rules = self.is_moving = True
         self.reads = 0
+        self.hosts = ["h1"]
         self.meanwhile: Any = lambda: None
 
     async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
@@ -36,17 +43,20 @@ class Records:
         rule = SwarmRule(
             is_halted=self.is_halted, host_bytes_per_second=None, total_bytes_per_second=None
         )
-        member = Member(
-            host="h1",
-            url="http://h1",
-            rack=None,
-            is_moving=self.is_moving,
-            distribution_ids=[DISTRIBUTION],
-        )
+        members = [
+            Member(
+                host=host,
+                url=f"http://{host}",
+                rack=None,
+                is_moving=self.is_moving,
+                distribution_ids=[DISTRIBUTION],
+            )
+            for host in self.hosts
+        ]
         return SwarmRecord(
             seeds=["http://seed"],
             rules={DISTRIBUTION: rule} if self.has_rules else {},
-            members=[member] if self.has_rules else [],
+            members=members if self.has_rules else [],
         )
 
 
@@ -150,3 +160,63 @@ async def test_a_host_is_told_of_its_swarm_when_it_has_changed_and_only_then() -
     assert changed is not None
     assert "late" in {one.host for one in changed.neighbours}
     assert changed.version != known.version
+
+
+async def test_a_read_of_ten_thousand_members_lets_others_be_answered_in_between() -> None:
+    records = Records()
+    records.hosts = [f"h{number}" for number in range(10_000)]
+    tracker = tracker_of(records)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    answering = asyncio.create_task(others())
+    await tracker.swarm("h1", ONE)
+    first, turns = turns, 0
+    tracker._swarms[ONE].read_at = -math.inf
+    await tracker.refresh()
+    answering.cancel()
+    assert min(first, turns) >= 10_000 / MEMBERS_AT_ONCE
+
+
+HOSTS = st.lists(st.sampled_from([f"h{number}" for number in range(9)]), unique=True)
+
+
+@given(st.lists(st.tuples(HOSTS, HOSTS, HOSTS), min_size=1, max_size=5))
+def test_whoever_joins_while_the_swarm_is_read_no_host_is_lost_or_told_of_the_gone(
+    rounds: list[tuple[list[str], list[str], list[str]]],
+) -> None:
+    async def run() -> None:
+        records = Records()
+        tracker = tracker_of(records)
+        known = await tracker._known(ONE)
+        for before, members, joining in rounds:
+            read = iter([before])
+            # the first to read sees other members than who reads after it
+            records.meanwhile = lambda read=read, members=members: setattr(
+                records, "hosts", next(read, members)
+            )
+
+            async def join(joining: list[str] = joining) -> None:
+                for host in joining:
+                    known.add(host, f"http://{host}", None)
+                    await asyncio.sleep(0)
+
+            known.read_at = -math.inf
+            await asyncio.gather(tracker.refresh(), join(), tracker.refresh())
+            assert {host for host in known._urls if host in known._graph} == set(known._urls)
+            assert len(known._graph) == len(known._urls)
+            known.read_at = -math.inf
+            await tracker.refresh()
+            assert set(known._urls) == set(members)
+            for host in members:
+                others = {one.host for one in known.neighbours(host, banned=[])}
+                assert others == set(members) - {host}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "MEMBERS_AT_ONCE", 1)
+        asyncio.run(run())

@@ -13,8 +13,15 @@ from typing import Final
 import asyncpg
 
 from hostler_common import db
-from hostler_usage.history.report_store import Scope, _after, _Conditions, _marker, _projects
-from hostler_usage.profiling.operation_store import marked_integer, marked_moment
+from hostler_usage.history.paging import (
+    Conditions,
+    Scope,
+    marked_integer,
+    marked_moment,
+    marked_parts,
+    marker_after,
+    visible_projects,
+)
 from hostler_usage.reading.times import epoch_microseconds
 
 
@@ -99,14 +106,14 @@ class AuditReportStore:
             DatabaseUnavailable: the database is away.
         """
         scope = None if where.scope is None else sorted(where.scope)
-        conditions = _Conditions(scope)
+        conditions = Conditions(scope)
         conditions.add("(period_end > {} OR period_start >= {})", where.start, where.start)
         conditions.add("period_start < {}", where.end)
-        conditions.add("project_id = ANY({})", _projects(where.scope, where.project_id))
+        conditions.add("project_id = ANY({})", visible_projects(where.scope, where.project_id))
         for name in ("region", "resource_type", "resource_id", "status", "code", "host"):
             conditions.add(f"{name} = {{}}", getattr(where, name))
         if marker is not None:
-            time, region, resource_type, resource_id, origin, ordinal = _after(marker, 6)
+            time, region, resource_type, resource_id, origin, ordinal = marked_parts(marker, 6)
             conditions.add(
                 "(period_start, region, resource_type, resource_id, origin, ordinal)"
                 " < ({}, {}, {}, {}, {}, {})",
@@ -121,7 +128,7 @@ class AuditReportStore:
             rows = await connection.fetch(
                 "SELECT region, resource_type, resource_id, period_start, origin, ordinal,"  # noqa: S608  constants of this module
                 " period_end, periods, is_partial, status, code, field,"
-                f" {_seen('ours')}, {_seen('theirs')}, project_id, host, statements, evidence"
+                f" {seen_value('ours')}, {seen_value('theirs')}, project_id, host, statements, evidence"
                 f" FROM audit_verdict {conditions.clause} ORDER BY period_start DESC, region DESC,"
                 " resource_type DESC, resource_id DESC, origin DESC, ordinal DESC"
                 f" LIMIT {int(limit)}",
@@ -132,7 +139,7 @@ class AuditReportStore:
         last = rows[-1]
         time = str(epoch_microseconds(last["period_start"]))
         names = ("region", "resource_type", "resource_id", "origin", "ordinal")
-        return rows, _marker([time, *(str(last[name]) for name in names)])
+        return rows, marker_after([time, *(str(last[name]) for name in names)])
 
     async def report(
         self,
@@ -153,16 +160,16 @@ class AuditReportStore:
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
-        conditions = _Conditions(start, end)
-        conditions.add("project_id = ANY({})", _projects(where.scope, where.project_id))
+        conditions = Conditions(start, end)
+        conditions.add("project_id = ANY({})", visible_projects(where.scope, where.project_id))
         conditions.add("region = {}", where.region)
         conditions.add("resource_type = {}", where.resource_type)
         also = conditions.also
         names = [f"group_{number}" for number in range(len(groups))]
         keys = ", ".join(names)
-        page = _Conditions(*conditions.values)
+        page = Conditions(*conditions.values)
         if marker is not None:
-            after = _after(marker, len(groups))
+            after = marked_parts(marker, len(groups))
             page.add(f"({keys}) > ({', '.join('{}' for _ in after)})", *after)
         held_as = ", ".join(
             f"{_HELD_COLUMN[group]} AS {name}" for group, name in zip(groups, names, strict=True)
@@ -202,11 +209,13 @@ class AuditReportStore:
             )
             for row in rows
         ]
-        next_marker = _marker([rows[-1][name] for name in names]) if len(rows) == limit else None
+        next_marker = (
+            marker_after([rows[-1][name] for name in names]) if len(rows) == limit else None
+        )
         return found, next_marker
 
 
-def _seen(name: str) -> str:
+def seen_value(name: str) -> str:
     """A value of a verdict; that of an owner only where the caller may see that project."""
     return (
         f"CASE WHEN field = 'project' AND $1::text[] IS NOT NULL AND NOT coalesce({name} #>> '{{}}'"

@@ -9,24 +9,27 @@ from typing import Any, Final
 import asyncpg
 
 from hostler_common import db, errors
-from hostler_usage.auditing.audit_report_store import _seen
+from hostler_usage.auditing.audit_report_store import seen_value
 from hostler_usage.explaining import explain
 from hostler_usage.explaining.explain import Citation, HeldPart, MovedPart, Part, Share
 from hostler_usage.history import usage_sql
 from hostler_usage.history.measures import Window, quantity
+from hostler_usage.history.paging import (
+    Conditions,
+    Scope,
+    marked_moment,
+    marked_parts,
+    marker_after,
+    visible_projects,
+)
 from hostler_usage.history.report_store import (
     _BUCKETS,
     _COLUMN,
     _EVENT_COLUMNS,
     GROUP_PREFIX,
     GroupUnknown,
-    Scope,
-    _after,
-    _Conditions,
-    _marker,
     group_kinds,
 )
-from hostler_usage.profiling.operation_store import marked_moment
 from hostler_usage.reading.mapping import Mapping as Metered
 from hostler_usage.reading.mapping import Measure
 from hostler_usage.reading.times import epoch_microseconds
@@ -131,7 +134,7 @@ class ExplainStore:
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
             window = await _clipped(connection, question)
-            conditions = _Conditions(window.start, window.upper, measure.resource_type)
+            conditions = Conditions(window.start, window.upper, measure.resource_type)
             kinds = group_kinds(question.groups)
             facts = _facts(measure, conditions, len(kinds))
             tables = ""
@@ -147,9 +150,9 @@ class ExplainStore:
                 *conditions.values,
             )
             assert whole is not None
-            page = _Conditions(*conditions.values)
+            page = Conditions(*conditions.values)
             if marker is not None:
-                resource_id, region, since, label = _after(marker, 4)
+                resource_id, region, since, label = marked_parts(marker, 4)
                 page.add(
                     "(resource_id, region, since, label) > ({}, {}, {}, {})",
                     resource_id,
@@ -188,10 +191,10 @@ class ExplainStore:
                 next_marker=_next(rows[-1]) if len(rows) == limit else None,
             )
 
-    def _restrict(self, conditions: _Conditions, question: Question, kinds: Sequence[str]) -> None:
+    def _restrict(self, conditions: Conditions, question: Question, kinds: Sequence[str]) -> None:
         """What the row's groups and the caller's scope ask for."""
         scope = question.scope
-        conditions.add("project_id = ANY({})", None if scope is None else sorted(scope))
+        conditions.add("project_id = ANY({})", visible_projects(scope))
         for group, value in question.groups.items():
             if group in _BUCKETS:
                 continue  # in the window
@@ -218,7 +221,7 @@ class ExplainStore:
             )
 
 
-def _facts(measure: Measure, conditions: _Conditions, kinds: int) -> str:
+def _facts(measure: Measure, conditions: Conditions, kinds: int) -> str:
     groups = usage_sql.group_columns(kinds)
     if measure.counter is not None:
         return _MOVED.format(
@@ -304,7 +307,7 @@ def _part(row: asyncpg.Record, measure: Measure) -> Part:
 
 def _next(row: asyncpg.Record) -> str:
     since = str(epoch_microseconds(row["since"]))
-    return _marker([row["resource_id"], row["region"], since, row["label"]])
+    return marker_after([row["resource_id"], row["region"], since, row["label"]])
 
 
 _KEYS: Final = (
@@ -325,7 +328,7 @@ async def _events(
         [time for time, _ in keys],
         [item["message_id"] for item in cited],
         [digest for _, digest in keys],
-        None if scope is None else sorted(scope),
+        visible_projects(scope),
     )
 
 
@@ -350,14 +353,14 @@ async def _audits(
         "SELECT region, resource_type, resource_id, v.* FROM unnest($2::text[], $3::text[],"  # noqa: S608  constants
         " $4::text[]) AS k (region, resource_type, resource_id) CROSS JOIN LATERAL ("
         "  SELECT period_start, period_end, periods, is_partial, status, code, field,"
-        f"  {_seen('ours')}, {_seen('theirs')}, evidence FROM audit_verdict AS a"
+        f"  {seen_value('ours')}, {seen_value('theirs')}, evidence FROM audit_verdict AS a"
         "  WHERE (a.resource_id, a.resource_type, a.region)"
         "   = (k.resource_id, k.resource_type, k.region)"
         "  AND period_start < $6 AND (period_end > $5 OR period_start >= $5)"
         "  AND ($1::text[] IS NULL OR project_id = ANY($1))"
         f"  ORDER BY status = 'verified', period_start, origin, ordinal LIMIT {VERDICTS_A_RESOURCE}"
         ") AS v",
-        None if scope is None else sorted(scope),
+        visible_projects(scope),
         [item.region for item in found],
         [item.resource_type for item in found],
         [item.resource_id for item in found],

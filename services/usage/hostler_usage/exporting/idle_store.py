@@ -15,7 +15,8 @@ import asyncpg
 from hostler_common import db
 from hostler_usage.exporting.export import CitedMessage
 from hostler_usage.exporting.idle import Counted, Held, Thresholds
-from hostler_usage.history.report_store import BadMarker, UsageFilter
+from hostler_usage.history.paging import BadMarker
+from hostler_usage.history.report_store import UsageFilter
 
 TYPES: Final = ("instance", "volume", "snapshot", "backup", "image", "floating_ip")
 """The types of resources that `idle.judge` has something to say of."""
@@ -117,7 +118,7 @@ async def candidates(
         BadMarker: the marker is not of this list.
     """
     types = [where.resource_type] if where.resource_type is not None else list(TYPES)
-    after = (None, None, None) if marker is None else _after(marker)
+    after = (None, None, None) if marker is None else marked_parts(marker)
     projects = None if where.scope is None else sorted(where.scope)
     if where.project_id is not None:
         is_allowed = projects is None or where.project_id in projects
@@ -209,7 +210,7 @@ def _fraction(value: Decimal | None) -> Fraction | None:
     return None if value is None else Fraction(value)
 
 
-def _after(marker: str) -> tuple[str, ...]:
+def marked_parts(marker: str) -> tuple[str, ...]:
     """The id, type and region that a marker was made of."""
     try:
         found = json.loads(base64.urlsafe_b64decode(marker + "=" * (-len(marker) % 4)))

@@ -20,7 +20,7 @@ import asyncpg
 
 from hostler_common import db, errors
 from hostler_usage.feeds.feed import PAGE_EVENTS, Feed, Item, Kind, Page, paginate
-from hostler_usage.history.report_store import Scope
+from hostler_usage.history.paging import Scope, visible_projects
 
 CURRENT_EVENTS: Final = 1000
 """A current feed shows so many events at most; it links to the next ones behind them."""
@@ -349,7 +349,7 @@ class FeedStore:
                 " AND ($3::text[] IS NULL OR e.project_id = ANY($3)) ORDER BY e.seq DESC",
                 list({event.event_time for event in events}),
                 [event.seq for event in events],
-                None if scope is None else sorted(scope),
+                visible_projects(scope),
             )
 
     async def under_id(self, event_type: str, message_id: str, *, scope: Scope) -> FeedPage:
@@ -367,7 +367,7 @@ class FeedStore:
                 " ORDER BY seq DESC LIMIT $4",
                 message_id,
                 event_type,
-                None if scope is None else sorted(scope),
+                visible_projects(scope),
                 PAGE_EVENTS,
             )
         if not rows:
@@ -522,7 +522,7 @@ async def _reading(pool: db.Pool) -> AsyncIterator[db.Connection]:
 
 
 def _view(feed: Feed, scope: Scope) -> _View:
-    projects = None if scope is None else sorted(scope)
+    projects = visible_projects(scope)
     match feed.kind:
         case Kind.RESOURCE:
             return _View(

@@ -26,7 +26,7 @@ from hostler_usage.feeds.hub_store import Asked, Claimed, HubStore
 from hostler_usage.feeds.hub_topic import topic_feed
 from hostler_usage.feeds.publish import Edition, Publisher
 from hostler_usage.feeds.websub import Mode, Outcome
-from hostler_usage.history.report_store import Scope
+from hostler_usage.history.paging import Scope
 
 log = logs.get(__name__)
 

@@ -15,7 +15,7 @@ import asyncpg
 
 from hostler_common import db, errors
 from hostler_usage.feeds.websub import Mode, Request
-from hostler_usage.history.report_store import Scope
+from hostler_usage.history.paging import Scope, visible_projects
 
 CLAIM_SECONDS = 60
 """Longer than a call and its document may take."""
@@ -102,7 +102,7 @@ class HubStore:
                 lease_seconds,
                 request.secret,
                 caller,
-                _projects(scope),
+                visible_projects(scope),
             )
 
     async def claim_request(self) -> Asked | None:
@@ -157,7 +157,7 @@ class HubStore:
                 asked.callback,
                 asked.secret,
                 asked.caller,
-                _projects(asked.scope),
+                visible_projects(asked.scope),
                 asked.lease_seconds,
             )
 
@@ -327,10 +327,6 @@ async def _take(connection: db.Connection, request_id: int) -> bool:
         "DELETE FROM hub_request WHERE id = $1 RETURNING true", request_id
     )
     return taken is not None
-
-
-def _projects(scope: Scope) -> list[str] | None:
-    return None if scope is None else sorted(scope)
 
 
 def _with_scope(row: asyncpg.Record) -> dict[str, Any]:

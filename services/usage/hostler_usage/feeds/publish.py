@@ -20,7 +20,7 @@ from hostler_usage.feeds import atom
 from hostler_usage.feeds.atom import Document, Entry, Link
 from hostler_usage.feeds.feed import Feed, Shape
 from hostler_usage.feeds.feed_store import FeedPage, FeedStore, Found
-from hostler_usage.history.report_store import Scope
+from hostler_usage.history.paging import Scope
 from hostler_usage.reading.envelope import UnreadableError, open_body
 from hostler_usage.reading.event import event_id
 

@@ -5,8 +5,6 @@ arithmetic: PostgreSQL's `extract(epoch ...)` is numeric with all six decimals. 
 see is a condition inside each statement (`Scope`), never a filter on its answer.
 """
 
-import base64
-import json
 import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -21,15 +19,20 @@ import asyncpg
 from hostler_common import db, errors
 from hostler_usage.history import usage_sql
 from hostler_usage.history.measures import Window
+from hostler_usage.history.paging import (
+    BadMarker,
+    Conditions,
+    Scope,
+    marked_parts,
+    marker_after,
+    visible_projects,
+)
 from hostler_usage.history.rollup_store import days_until
 from hostler_usage.history.summed_days import Parts, parts
 from hostler_usage.money.budget import KIND
 from hostler_usage.reading.mapping import Mapping, Measure
 from hostler_usage.reading.statement import ResourceKey
 from hostler_usage.reading.times import EPOCH, MICROSECOND, epoch_microseconds
-
-Scope = frozenset[str] | None
-"""The projects that a caller may see; None is all of them."""
 
 
 class EventNotFound(errors.NotFound):
@@ -42,12 +45,6 @@ class ResourceNotFound(errors.NotFound):
     """No message has spoken of such a resource, or none that the caller may see."""
 
     code = "usage.resource.not_found"
-
-
-class BadMarker(errors.Invalid):
-    """The marker is none that a page of this list ended with."""
-
-    code = "usage.marker.invalid"
 
 
 class GroupUnknown(errors.Invalid):
@@ -219,7 +216,7 @@ class ReportStore:
         found = [query.usage_row(row) for row in rows]
         if not groups or len(rows) < limit:
             return found, None
-        return found, _marker([found[-1].group[name] or "" for name in groups])
+        return found, marker_after([found[-1].group[name] or "" for name in groups])
 
     async def all_usage(
         self, window: Window, groups: Sequence[Group], where: UsageFilter
@@ -290,13 +287,13 @@ class ReportStore:
             for item in self.mapping.measures
             if where.resource_type in (None, item.resource_type)
         ]
-        conditions = _Conditions(edges[0], edges[-1])
+        conditions = Conditions(edges[0], edges[-1])
         kinds = group_kinds(groups)
         dimensions = [self._dimension(group, kinds) for group in groups]
         buckets = [group for group in groups if group in _BUCKETS]
         if len(buckets) > 1:
             raise GroupUnknown(f"one of {', '.join(_BUCKETS)} at a time")
-        conditions.add("project_id = ANY({})", _projects(where.scope, where.project_id))
+        conditions.add("project_id = ANY({})", visible_projects(where.scope, where.project_id))
         if where.subjects is not None:
             conditions.add(
                 "(project_id = ANY({}) OR project_id IN (SELECT g.project_id FROM project_group AS g"
@@ -315,9 +312,9 @@ class ReportStore:
         of = parts(edges, None)
         if measures and _is_summed(groups, where, time_zone):
             of = parts(edges, await days_until(connection))
-        after = _Conditions(*conditions.values)
+        after = Conditions(*conditions.values)
         if marker is not None:
-            values = _after(marker, len(groups))
+            values = marked_parts(marker, len(groups))
             places = ", ".join("{}" for _ in values)
             after.add(f"({', '.join(dimensions)}) > ({places})", *values)
         sources, tables = self._sources(
@@ -361,7 +358,7 @@ class ReportStore:
     def _sources(
         self,
         of: Parts,
-        conditions: "_Conditions",
+        conditions: "Conditions",
         clause: str,
         own_projects: str,
         *,
@@ -426,7 +423,7 @@ class ReportStore:
                 resource_type,
                 resource_id,
                 region,
-                _projects(scope, None),
+                visible_projects(scope, None),
             )
             if not rows and (
                 scope is not None
@@ -466,19 +463,19 @@ class ReportStore:
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
-        conditions = _Conditions()
+        conditions = Conditions()
         conditions.add("event_time >= {}", where.start)
         conditions.add("event_time < {}", where.end)
         conditions.add("event_type = {}", where.event_type)
         conditions.add("message_id = {}", where.message_id)
-        conditions.add("project_id = ANY({})", _projects(where.scope, where.project_id))
+        conditions.add("project_id = ANY({})", visible_projects(where.scope, where.project_id))
         conditions.add("resource_type = {}", where.resource_type)
         conditions.add("resource_id = {}", where.resource_id)
         conditions.add("source = {}", where.source)
         conditions.add("region = {}", where.region)
         conditions.add("(event_type LIKE '%.exists') = {}", where.is_audit)
         if marker is not None:
-            time, message_id, digest = _after(marker, 3)
+            time, message_id, digest = marked_parts(marker, 3)
             try:
                 last = (EPOCH + int(time) * MICROSECOND, message_id, bytes.fromhex(digest))
             except (ValueError, OverflowError) as exc:
@@ -495,7 +492,7 @@ class ReportStore:
             return rows, None
         row = rows[-1]
         time = str(epoch_microseconds(row["event_time"]))
-        return rows, _marker([time, row["message_id"], row["body_sha256"].hex()])
+        return rows, marker_after([time, row["message_id"], row["body_sha256"].hex()])
 
     async def event(self, event_id: str, *, scope: Scope) -> asyncpg.Record:
         """One stored message with its body and headers, by the id the API gives it.
@@ -518,7 +515,7 @@ class ReportStore:
                     " AND ($3::text[] IS NULL OR project_id = ANY($3))",
                     event_time,
                     body_sha256,
-                    _projects(scope, None),
+                    visible_projects(scope, None),
                 )
         if row is None:
             raise EventNotFound(f"there is no event {event_id}")
@@ -633,65 +630,3 @@ class _Query:
             for n, item in enumerate(self.measures)
             if row[first + n]
         }
-
-
-class _Conditions:
-    """A WHERE clause of those conditions whose value is given, with the values in their places.
-
-    Conditions that do not restrict are left out, so that the planner sees the plain statement.
-    """
-
-    def __init__(self, *values: object) -> None:
-        self.values: list[object] = list(values)
-        self._texts: list[str] = []
-
-    def value(self, value: object) -> str:
-        """A place in the statement for one more value."""
-        self.values.append(value)
-        return f"${len(self.values)}"
-
-    def add(self, text: str, *values: object) -> None:
-        """`text` holds with `values` in place of its braces; nothing, where a value is None."""
-        if None not in values:
-            first = len(self.values) + 1
-            self.values += values
-            self._texts.append(text.format(*(f"${first + n}" for n in range(len(values)))))
-
-    @property
-    def clause(self) -> str:
-        """The clause; empty where nothing restricts."""
-        return f"WHERE {' AND '.join(self._texts)}" if self._texts else ""
-
-    @property
-    def also(self) -> str:
-        """The conditions behind others; empty where nothing restricts."""
-        return "".join(f" AND {text}" for text in self._texts)
-
-
-def _projects(scope: Scope, project_id: str | None) -> list[str] | None:
-    """The projects a statement may look at: those asked for among those allowed."""
-    if project_id is None:
-        return None if scope is None else sorted(scope)
-    return [project_id] if scope is None or project_id in scope else []
-
-
-def _marker(parts: Sequence[str]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode().rstrip("=")
-
-
-def _after(marker: str | None, parts: int) -> list[str]:
-    """The parts a marker was made of; none for the first page."""
-    if marker is None:
-        return []
-    try:
-        found = json.loads(base64.urlsafe_b64decode(marker + "=" * (-len(marker) % 4)))
-    except (ValueError, RecursionError) as exc:
-        raise BadMarker("the marker is not one of this list's") from exc
-    if (
-        not isinstance(found, list)
-        or not found  # usage that is not grouped has one row, and no page after it
-        or len(found) != parts
-        or not all(isinstance(part, str) and "\0" not in part for part in found)
-    ):
-        raise BadMarker("the marker is not one of this list's")
-    return found

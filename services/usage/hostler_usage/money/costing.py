@@ -20,11 +20,11 @@ from typing import Final
 from hostler_common import errors
 from hostler_usage.history.calendar_span import Span, ZoneUnknownError, begin, begins_within, zone
 from hostler_usage.history.measures import MICROSECONDS_PER_HOUR
+from hostler_usage.history.paging import Scope
 from hostler_usage.history.report_store import (
     GROUP_PREFIX,
     GroupUnknown,
     ReportStore,
-    Scope,
     Subjects,
     UsageFilter,
     group_kinds,

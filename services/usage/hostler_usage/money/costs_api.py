@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 
 from hostler_common import auth, http
 from hostler_usage.history.measures import hours
-from hostler_usage.history.report_store import _after, _marker
+from hostler_usage.history.paging import marked_parts, marker_after
 from hostler_usage.listing import Limit, Marker, Name, Selected, names
 from hostler_usage.money import costing
 from hostler_usage.money.costing import Costing, Question, Share, in_utc
@@ -141,7 +141,7 @@ async def show_costs(
     unfolded = await store.reports.unfolded()
     found = await store.costs(question, [one.book for one in books])
     currency = books[0].book.currency
-    after = tuple(_after(marker, len(groups)))
+    after = tuple(marked_parts(marker, len(groups)))
     keys = [key for key in found.rows if marker is None or _sortable(key) > after]
     page = keys[:limit]
 
@@ -164,7 +164,7 @@ async def show_costs(
             for key in page
         ],
         total=CostTotal(**item(found.totals)),
-        next_marker=_marker(_sortable(page[-1])) if len(page) < len(keys) else None,
+        next_marker=marker_after(_sortable(page[-1])) if len(page) < len(keys) else None,
         unfolded_resources=unfolded,
     )
 

@@ -13,10 +13,8 @@ import asyncpg
 
 from hostler_common import db, errors, outbox
 from hostler_common.bus import Message
+from hostler_usage.history.paging import Scope, visible_projects
 from hostler_usage.money.budget import Membership
-
-Scope = frozenset[str] | None
-"""The projects that a caller may see; None is all of them."""
 
 
 class PriceBookNotFound(errors.NotFound):
@@ -275,7 +273,7 @@ class PriceStore:
         async with db.connection(self.pool) as connection:
             row = await connection.fetchrow(
                 f"SELECT {_BUDGET} FROM budget WHERE {_VISIBLE} AND name = $2",  # noqa: S608  constants
-                _listed(scope),
+                visible_projects(scope),
                 name,
             )
         if row is None:
@@ -294,7 +292,7 @@ class PriceStore:
             rows = await connection.fetch(
                 f"SELECT {_BUDGET} FROM budget WHERE {_VISIBLE} AND name > $2"  # noqa: S608  constants
                 " ORDER BY name LIMIT $3",
-                _listed(scope),
+                visible_projects(scope),
                 marker or "",
                 limit,
             )
@@ -423,7 +421,7 @@ class PriceStore:
                 " OR (valid_from <= $5 AND (valid_until IS NULL OR valid_until > $5)))"
                 " AND ($6::text IS NULL OR (kind, project_id, valid_from) > ($6, $7, $8))"
                 " ORDER BY kind, project_id, valid_from LIMIT $9",
-                _listed(scope),
+                visible_projects(scope),
                 kind,
                 group,
                 project,
@@ -456,14 +454,10 @@ class PriceStore:
                 " unnest(ARRAY[valid_from, valid_until]) AS edge"
                 " WHERE kind = ANY ($2) AND edge IS NOT NULL"
                 " AND ($1::text[] IS NULL OR project_id = ANY ($1))",
-                _listed(scope),
+                visible_projects(scope),
                 list(kinds),
             )
         return {row["edge"] for row in rows}
-
-
-def _listed(scope: Scope) -> list[str] | None:
-    return None if scope is None else sorted(scope)
 
 
 async def _one_at_a_time(connection: db.Connection, what: str) -> None:

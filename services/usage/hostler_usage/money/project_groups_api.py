@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from hostler_common import auth, errors, http
-from hostler_usage.history.report_store import BadMarker, _after, _marker
+from hostler_usage.history.paging import BadMarker, marked_parts, marker_after
 from hostler_usage.listing import Limit, Marker, Name
 from hostler_usage.money import budget
 from hostler_usage.money.budget import Membership
@@ -72,7 +72,7 @@ async def list_project_groups(
     """Which project belongs to which group, from when until when."""
     after = None
     if marker is not None:
-        place = _after(marker, 3)
+        place = marked_parts(marker, 3)
         try:
             after = (place[0], place[1], datetime.fromisoformat(place[2]))
         except ValueError as exc:
@@ -91,7 +91,7 @@ async def list_project_groups(
         project_groups=[_membership(row) for row in rows],
         next_marker=None
         if last is None
-        else _marker([last.kind, last.project, last.start.isoformat()]),
+        else marker_after([last.kind, last.project, last.start.isoformat()]),
     )
 
 

@@ -18,7 +18,14 @@ from hostler_common import db, errors
 from hostler_usage.history import usage_sql
 from hostler_usage.history.calendar_span import zone
 from hostler_usage.history.measures import Window
-from hostler_usage.history.report_store import Scope, _after, _Conditions, _marker
+from hostler_usage.history.paging import (
+    Conditions,
+    Scope,
+    marked_integer,
+    marked_parts,
+    marker_after,
+    visible_projects,
+)
 from hostler_usage.history.rollup import midnight
 from hostler_usage.history.row_set import Change, Row
 from hostler_usage.periods import period
@@ -36,7 +43,6 @@ from hostler_usage.periods.period import (
     Terms,
     Unsettled,
 )
-from hostler_usage.profiling.operation_store import marked_integer
 from hostler_usage.reading.mapping import Mapping as Metered
 
 _FOLDS: Final = "hashtext('hostler_usage.period')"
@@ -270,16 +276,16 @@ class PeriodStore:
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
-        conditions = _Conditions()
+        conditions = Conditions()
         if marker is not None:
-            conditions.add("name < {}", *_after(marker, 1))
+            conditions.add("name < {}", *marked_parts(marker, 1))
         async with db.connection(self.pool) as connection:
             rows = await connection.fetch(
                 f"SELECT * FROM period {conditions.clause} ORDER BY name DESC LIMIT {int(limit)}",  # noqa: S608  constants of this module
                 *conditions.values,
             )
         found = [_stored_period(row) for row in rows]
-        return found, _marker([found[-1].period.name]) if len(found) == limit else None
+        return found, marker_after([found[-1].period.name]) if len(found) == limit else None
 
     async def period(self, name: str) -> StoredPeriod:
         """One period.
@@ -304,7 +310,7 @@ class PeriodStore:
                     " AND ($2::text[] IS NULL OR EXISTS (SELECT FROM jsonb_array_elements(changes)"
                     "  AS change WHERE change->>0 = ANY($2)))",
                     name,
-                    _bound(scope),
+                    visible_projects(scope),
                 )
             )
 
@@ -323,7 +329,7 @@ class PeriodStore:
                 f" ORDER BY ordinal LIMIT {_LINES_A_PAGE}",
                 item.name,
                 after,
-                _bound(scope),
+                visible_projects(scope),
             )
         found = [(LineKey(*row[:6]), int(row["amount"])) for row in rows]
         return found, rows[-1]["ordinal"] if len(rows) == _LINES_A_PAGE else None
@@ -343,11 +349,11 @@ class PeriodStore:
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
-        conditions = _Conditions()
+        conditions = Conditions()
         conditions.add("charged_to = {}" if charged else "period = {}", name)
-        conditions.add("project_id = ANY({})", _bound(scope))
+        conditions.add("project_id = ANY({})", visible_projects(scope))
         if marker is not None:
-            (last,) = _after(marker, 1)
+            (last,) = marked_parts(marker, 1)
             conditions.add("id > {}", marked_integer(last))
         async with db.connection(self.pool) as connection:
             rows = await connection.fetch(
@@ -355,11 +361,7 @@ class PeriodStore:
                 f" ORDER BY id LIMIT {int(limit)}",
                 *conditions.values,
             )
-        return rows, _marker([str(rows[-1]["id"])]) if len(rows) == limit else None
-
-
-def _bound(scope: Scope) -> list[str] | None:
-    return None if scope is None else sorted(scope)
+        return rows, marker_after([str(rows[-1]["id"])]) if len(rows) == limit else None
 
 
 # --- what folds note

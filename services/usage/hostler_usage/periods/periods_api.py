@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from hostler_common import auth, db, errors, http, idempotency
-from hostler_usage.history.report_store import Scope
+from hostler_usage.history.paging import Scope
 from hostler_usage.periods.period import MOST_EVIDENCE, Obstacle, State, canonical
 from hostler_usage.periods.period_store import PeriodNotClosed, PeriodStore, StoredPeriod
 

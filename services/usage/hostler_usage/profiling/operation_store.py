@@ -9,19 +9,20 @@ from typing import Final
 import asyncpg
 
 from hostler_common import db
-from hostler_usage.history.report_store import (
-    BadMarker,
+from hostler_usage.history.paging import (
+    Conditions,
     Scope,
-    _after,
-    _Conditions,
-    _marker,
-    _projects,
+    marked_integer,
+    marked_moment,
+    marked_parts,
+    marker_after,
+    visible_projects,
 )
 from hostler_usage.history.row_set import RowSet
 from hostler_usage.profiling.operations import Operation
 from hostler_usage.reading.citation import cited
 from hostler_usage.reading.statement import ResourceKey
-from hostler_usage.reading.times import EPOCH, MICROSECOND, epoch_microseconds
+from hostler_usage.reading.times import epoch_microseconds
 
 _ROWS: Final = RowSet(
     table="operation",
@@ -45,7 +46,6 @@ _ROWS: Final = RowSet(
     ),
     key_length=5,
 )
-_MAX_INTEGER: Final = 2**31 - 1
 
 
 class Profile(StrEnum):
@@ -140,7 +140,7 @@ class OperationStore:
         """
         conditions = _conditions(where)
         if marker is not None:
-            time, region, resource_type, resource_id, ordinal = _after(marker, 5)
+            time, region, resource_type, resource_id, ordinal = marked_parts(marker, 5)
             conditions.add(
                 "(begun_at, region, resource_type, resource_id, ordinal) < ({}, {}, {}, {}, {})",
                 marked_moment(time),
@@ -159,7 +159,7 @@ class OperationStore:
         if len(rows) < limit:
             return rows, None
         last = rows[-1]
-        return rows, _marker(
+        return rows, marker_after(
             [
                 str(epoch_microseconds(last["begun_at"])),
                 last["region"],
@@ -190,7 +190,7 @@ class OperationStore:
         keys = ", ".join(dimensions)
         conditions = _conditions(where)
         if marker is not None:
-            after = _after(marker, len(groups))
+            after = marked_parts(marker, len(groups))
             places = ", ".join("{}" for _ in after)
             conditions.add(f"({keys}) > ({places})", *after)
         columns = "".join(f"{name} AS group_{n}, " for n, name in enumerate(dimensions))
@@ -212,43 +212,16 @@ class OperationStore:
             rows = await connection.fetch(statement, *conditions.values)
         if not groups or len(rows) < limit:
             return rows, None
-        return rows, _marker([rows[-1][f"group_{n}"] for n in range(len(groups))])
+        return rows, marker_after([rows[-1][f"group_{n}"] for n in range(len(groups))])
 
 
-def _conditions(where: OperationFilter) -> _Conditions:
-    conditions = _Conditions()
+def _conditions(where: OperationFilter) -> Conditions:
+    conditions = Conditions()
     conditions.add("begun_at >= {}", where.start)
     conditions.add("begun_at < {}", where.end)
-    conditions.add("project_id = ANY({})", _projects(where.scope, where.project_id))
+    conditions.add("project_id = ANY({})", visible_projects(where.scope, where.project_id))
     for name in ("region", "resource_type", "resource_id", "action", "outcome", "host", "flavor"):
         conditions.add(f"{name} = {{}}", getattr(where, name))
     conditions.add("request_id = {}", where.request_id)
     conditions.add("outcome = 'unfinished' AND started_at < {}", where.unfinished_since)
     return conditions
-
-
-def marked_moment(text: str) -> datetime:
-    """A part of a marker as the moment it spells.
-
-    Raises:
-        BadMarker: it spells none.
-    """
-    try:
-        return EPOCH + int(text) * MICROSECOND
-    except (ValueError, OverflowError) as exc:
-        raise BadMarker("the marker is not one of this list's") from exc
-
-
-def marked_integer(text: str) -> int:
-    """A part of a marker as the number it spells.
-
-    Raises:
-        BadMarker: it spells none.
-    """
-    try:
-        value = int(text)
-    except ValueError as exc:
-        raise BadMarker("the marker is not one of this list's") from exc
-    if not 0 <= value <= _MAX_INTEGER:
-        raise BadMarker("the marker is not one of this list's")
-    return value

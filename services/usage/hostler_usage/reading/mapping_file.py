@@ -219,7 +219,7 @@ def read(text: str | None) -> Mapping:
     """
     document = _packaged_document()
     if text is not None:
-        document = _laid_over(document, _yaml(text))
+        document = laid_over(document, parsed_yaml(text))
     try:
         parsed = _Document.model_validate(document)
     except ValidationError as exc:
@@ -249,10 +249,15 @@ def read(text: str | None) -> Mapping:
 
 @cache
 def _packaged_document() -> dict[str, Any]:
-    return _yaml((resources.files("hostler_usage") / "mapping.yaml").read_text("utf-8"))
+    return parsed_yaml((resources.files("hostler_usage") / "mapping.yaml").read_text("utf-8"))
 
 
-def _yaml(text: str) -> dict[str, Any]:
+def parsed_yaml(text: str) -> dict[str, Any]:
+    """The object that a text of YAML holds.
+
+    Raises:
+        MappingInvalid: it is no YAML, or holds no object.
+    """
     try:
         document = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as exc:
@@ -265,7 +270,7 @@ def _yaml(text: str) -> dict[str, Any]:
     return document
 
 
-def _laid_over(
+def laid_over(
     below: dict[str, Any], above: Table[str, Any], place: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """`above` over `below`: objects are merged, everything else is replaced; null takes away.
@@ -278,7 +283,7 @@ def _laid_over(
         if value is None:
             merged.pop(key, None)
         elif isinstance(value, dict) and isinstance(merged.get(key), dict) and not is_of_values:
-            merged[key] = _laid_over(merged[key], value, (*place, key))
+            merged[key] = laid_over(merged[key], value, (*place, key))
         else:
             merged[key] = value
     return merged

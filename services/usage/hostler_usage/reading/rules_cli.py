@@ -23,7 +23,7 @@ from hostler_usage.history.observation import Observation
 from hostler_usage.reading import mapping_file
 from hostler_usage.reading.imports import Format, Line, bodies, format_of
 from hostler_usage.reading.mapping import Mapping
-from hostler_usage.reading.mapping_file import MappingInvalid, _laid_over, _yaml
+from hostler_usage.reading.mapping_file import MappingInvalid, laid_over, parsed_yaml
 from hostler_usage.reading.statement import Statement
 from hostler_usage.reading.trial import Account, Heard, Word, account, hear
 
@@ -105,9 +105,9 @@ def show_command(
 ) -> None:
     """Print the mapping in force as YAML: the packaged one, with a file's laid over it."""
     made = _loaded(mapping_path)
-    document = _yaml((resources.files("hostler_usage") / "mapping.yaml").read_text("utf-8"))
+    document = parsed_yaml((resources.files("hostler_usage") / "mapping.yaml").read_text("utf-8"))
     if mapping_path is not None:
-        document = _laid_over(document, _yaml(mapping_path.read_text(encoding="utf-8")))
+        document = laid_over(document, parsed_yaml(mapping_path.read_text(encoding="utf-8")))
     if as_json:
         typer.echo(json.dumps({"digest": made.digest, **document}, indent=2))
         return

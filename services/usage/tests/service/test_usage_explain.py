@@ -21,7 +21,8 @@ from hostler_usage.explaining.explain import HeldPart
 from hostler_usage.explaining.explain_store import ExplainStore, Explanation, Question
 from hostler_usage.history.ledger_testing import Ledger, event, instance, with_bandwidth
 from hostler_usage.history.measures import Window
-from hostler_usage.history.report_store import Scope, UsageFilter
+from hostler_usage.history.paging import Scope
+from hostler_usage.history.report_store import UsageFilter
 from hostler_usage.history.rollup_store import RollupStore
 from hostler_usage.money.budget import Membership
 from hostler_usage.money.price_store import PriceStore

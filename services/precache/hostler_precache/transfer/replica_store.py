@@ -1,0 +1,46 @@
+"""All SQL of replicas as keepers of images: which is there, and what one has that is gone."""
+
+from typing import Final
+from uuid import UUID
+
+from hostler_common import db
+from hostler_precache.transfer.manifest import BlobId
+
+BLOBS_AT_ONCE: Final = 20
+
+
+class ReplicaStore:
+    """Seeds in the schema `precache`."""
+
+    def __init__(self, pool: db.Pool) -> None:
+        self._pool = pool
+
+    async def beat(self, seed: str) -> None:
+        """This seed is there."""
+        async with db.transaction(self._pool) as connection:
+            await connection.execute(
+                "INSERT INTO seed (seed) VALUES ($1)"
+                " ON CONFLICT (seed) DO UPDATE SET seen_at = now()",
+                seed,
+            )
+
+    async def blobs_of(self, seed: str) -> set[BlobId]:
+        """What this seed has on its disk, or is fetching."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT blob_id FROM blob WHERE seed = $1 AND state IN ('fetching', 'ready')", seed
+            )
+        return {BlobId(str(row["blob_id"])) for row in rows}
+
+    async def blobs_of_the_gone(self, *, silent_seconds: float) -> list[UUID]:
+        """Complete blobs of seeds that were not there for so long, and that hosts wait for; a few."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT blob_id FROM blob JOIN seed USING (seed) WHERE blob.state = 'ready'"
+                "   AND seed.seen_at < now() - make_interval(secs => $1)"
+                "   AND EXISTS (SELECT 1 FROM distribution d WHERE d.blob_id = blob.blob_id"
+                "     AND d.state = 'distributing') ORDER BY blob_id LIMIT $2",
+                silent_seconds,
+                BLOBS_AT_ONCE,
+            )
+        return [row["blob_id"] for row in rows]

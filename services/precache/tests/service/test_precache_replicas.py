@@ -1,0 +1,96 @@
+"""Seeds beside each other: one that is killed and never comes back, and one that comes back late."""
+
+import uuid
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+
+from hostler_common import client, db, testing
+from hostler_precache import testing as precache_testing
+
+MIB = 1 << 20
+
+
+@pytest_asyncio.fixture
+async def replica(amqp_url: str, database_url: str, tmp_path: Path) -> Any:
+    """`await replica(name)`: a service process of its own on the one database."""
+    await db.migrate(database_url, schema="precache", package="hostler_precache")
+    async with AsyncExitStack() as stack:
+
+        async def start(name: str) -> precache_testing.Program:
+            return await stack.enter_async_context(
+                precache_testing.service_process(
+                    tmp_path / name,
+                    amqp_url=amqp_url,
+                    database_url=database_url,
+                    settings={"seed_id": name, "seed_silent_seconds": 6.0},
+                )
+            )
+
+        yield start
+
+
+async def test_what_a_killed_seed_had_is_fetched_by_another_for_the_hosts_that_wait(
+    replica: Any, source: Any, make_image: Any, request_of: Any, start_agent: Any, over: Any,
+    image_id: str,
+) -> None:  # fmt: skip
+    data = make_image(2 * MIB)
+    first = await replica("first")
+    async with client.open_api(first.url) as api:
+        body = request_of(image_id, source.add("image", data), data, hosts=["late"])
+        made = await api.post("/v1/distributions", body)
+
+        async def fetched() -> str | None:
+            found = await api.get(f"/v1/images/{image_id}")
+            return str(found["blob_id"]) if found["state"] == "ready" else None
+
+        blob_id = await testing.eventually(fetched)
+    await first.kill()
+    second = await replica("second")
+    place = await start_agent("late", second.url, desired_seconds=0.5)
+    async with client.open_api(second.url) as api:
+        answer = await over(api, made["distribution_id"], 60)
+        assert answer["host_states"] == {"cached": 1}
+        assert answer["blob_id"] != blob_id
+        assert (place / image_id).read_bytes() == data
+        assert source.requests == ["image", "image"]
+        (found,) = (await api.get("/v1/images"))["images"]
+        assert (found["state"], found["blob_id"]) == ("ready", answer["blob_id"])
+    # the one that comes back has nothing of it, and what a crash left is gone
+    left = first.directory / f"{uuid.uuid4()}.part"
+    left.write_bytes(b"x")
+    assert (first.directory / blob_id).exists()
+    again = await replica("first")
+
+    async def is_clean() -> bool:
+        return not left.exists() and not (again.directory / blob_id).exists()
+
+    await testing.eventually(is_clean)
+
+
+async def test_a_seed_that_was_silent_serves_no_more_what_others_gave_up(
+    precache: Any, source: Any, make_image: Any, request_of: Any, database_url: str,
+    image_id: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    data = make_image(1000)
+    async with precache(seed_id="mine") as service:
+        body = request_of(image_id, source.add("image", data), data, hosts=["h1"])
+        await service.api.post("/v1/distributions", body)
+
+        async def ready() -> str | None:
+            found = await service.api.get(f"/v1/images/{image_id}")
+            return str(found["blob_id"]) if found["state"] == "ready" else None
+
+        blob_id = await testing.eventually(ready)
+        async with (
+            db.open_pool(database_url, schema="precache") as pool,
+            db.transaction(pool) as connection,
+        ):
+            await connection.execute("UPDATE blob SET state = 'error', reason = 'seed.gone'")
+
+        async def withdrawn() -> bool:
+            return not (tmp_path / "seed" / blob_id).exists()
+
+        await testing.eventually(withdrawn, seconds=30)
