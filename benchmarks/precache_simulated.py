@@ -19,8 +19,8 @@ an estimate. **The processors are not modelled**: where a real run keeps both co
 What a ratio below is worth is said only by `simulated_over_real`, from figures of real runs on the same machine
 (`--real-8`, `--real-16`); without them the run says nothing about how near the truth it is.
 
-The cost grows a little faster than the number of hosts: 20 to 30 us of CPU a piece and host for 100, 40 to 57 for 1,000,
-81 for 10,000 (829 s and 285 MB), each on a machine whose other core was busy.
+The cost grows a little faster than the number of hosts: 20 to 30 us of CPU a piece and host for 100, 40 to 57 for
+1,000, 81 for 10,000 (829 s and 285 MB), each on a machine whose other core was busy.
 
 T* is Kumar and Ross' bound (2006) with the payload rate of one stream, as in the real runs. The effect of a slow host
 is the others' last time with it over that without it.
@@ -40,12 +40,11 @@ from typing import Any, Final
 import bench
 from hostler_precache.swarming.graph import Graph
 from hostler_precache.swarming.receiving import Receiver, Request, Source
-from hostler_precache.swarming.swarm import UPLOAD_QUEUE, News, SeedPolicy
+from hostler_precache.swarming.swarm import REQUESTS, UPLOAD_QUEUE, News, SeedPolicy
 
 LARGE: Final = (100, 1000, 10_000)
 PIECES: Final = 1024
 PIECE_BYTES: Final = 256 * 1024
-REQUESTS: Final = 7
 SEED_QUEUE: Final = 64
 # what they come from: see above
 LOST_SHARE: Final = 0.02

@@ -11,6 +11,7 @@ from hostler_common import settings
 from hostler_precache import protocol
 from hostler_precache.distribution.bound import ASSUMED_LINK_BYTES_PER_SECOND
 from hostler_precache.placing import placement
+from hostler_precache.swarming import swarm
 
 
 def _labels(value: object) -> object:
@@ -183,7 +184,10 @@ class AgentSettings(settings.ProcessSettings):
     reserve_bytes: int = Field(1 << 30, ge=0, description="what stays free beside images")
     downloads: int = Field(2, ge=1, le=16, description="images fetched at once")
     requests: int = Field(
-        7, ge=1, le=64, description="pieces asked for at once, an image; most wait at the senders"
+        swarm.REQUESTS,
+        ge=1,
+        le=64,
+        description="pieces asked for at once, an image; most wait at the senders",
     )
     upload_slots: int = Field(2, ge=1, le=256, description="pieces sent at once")
     labels: Annotated[
