@@ -335,7 +335,7 @@ async def test_an_import_that_is_killed_is_run_again_and_nothing_is_doubled(
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
-            "import typer; from hostler_usage import import_cli; app = typer.Typer();"
+            "import typer; from hostler_usage.reading import import_cli; app = typer.Typer();"
             " import_cli.BATCH_LINES = 5; import_cli.register(app); app()",
             "-",
             "--url",
