@@ -105,7 +105,7 @@ class AuditReportStore:
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
-        scope = None if where.scope is None else sorted(where.scope)
+        scope = visible_projects(where.scope)
         conditions = Conditions(scope)
         conditions.add("(period_end > {} OR period_start >= {})", where.start, where.start)
         conditions.add("period_start < {}", where.end)

@@ -14,6 +14,7 @@ from typing import Final, cast
 from hostler_common import db
 from hostler_usage.exporting.export import CitedMessage, IntervalLine, UsageLine, unit
 from hostler_usage.history.measures import Window, hours
+from hostler_usage.history.paging import visible_projects
 from hostler_usage.history.report_store import ROWS_A_BATCH, ReportStore, UsageFilter
 from hostler_usage.reading.mapping import Measure
 
@@ -185,7 +186,7 @@ def _lines(
 def _projects(where: UsageFilter) -> list[str] | None:
     """The projects a statement may look at: those asked for among those allowed."""
     if where.project_id is None:
-        return None if where.scope is None else sorted(where.scope)
+        return visible_projects(where.scope)
     is_allowed = where.scope is None or where.project_id in where.scope
     return [where.project_id] if is_allowed else []
 

@@ -15,7 +15,7 @@ import asyncpg
 from hostler_common import db
 from hostler_usage.exporting.export import CitedMessage
 from hostler_usage.exporting.idle import Counted, Held, Thresholds
-from hostler_usage.history.paging import BadMarker
+from hostler_usage.history.paging import BadMarker, visible_projects
 from hostler_usage.history.report_store import UsageFilter
 
 TYPES: Final = ("instance", "volume", "snapshot", "backup", "image", "floating_ip")
@@ -119,7 +119,7 @@ async def candidates(
     """
     types = [where.resource_type] if where.resource_type is not None else list(TYPES)
     after = (None, None, None) if marker is None else marked_parts(marker)
-    projects = None if where.scope is None else sorted(where.scope)
+    projects = visible_projects(where.scope)
     if where.project_id is not None:
         is_allowed = projects is None or where.project_id in projects
         projects = [where.project_id] if is_allowed else []

@@ -88,10 +88,7 @@ def put_command(
     as_json: cli.JsonOption = False,
 ) -> None:
     """Make the file the newest version of a price book."""
-    row = _put(url, f"/v1/price-books/{name}", file, replaces)
-    if as_json:
-        return _json(row)
-    return typer.echo(f"{row['name']} is at version {row['version']}")
+    _put(url, f"/v1/price-books/{name}", file, replaces, as_json=as_json)
 
 
 @prices.command("check")
@@ -216,10 +213,7 @@ def put_budget_command(
     as_json: cli.JsonOption = False,
 ) -> None:
     """Make or change a budget."""
-    row = _put(url, f"/v1/budgets/{name}", file, replaces)
-    if as_json:
-        return _json(row)
-    return typer.echo(f"{row['name']} is at version {row['version']}")
+    _put(url, f"/v1/budgets/{name}", file, replaces, as_json=as_json)
 
 
 @budgets.command("delete")
@@ -354,10 +348,15 @@ def _get(url: str | None, path: str, **params: object) -> Any:  # noqa: ANN401  
     return _with_api(url, lambda api: api.get(path, **params))
 
 
-def _put(url: str | None, path: str, file: Path, replaces: int | None) -> Any:  # noqa: ANN401  JSON
+def _put(url: str | None, path: str, file: Path, replaces: int | None, *, as_json: bool) -> None:
+    """The file is the newest version of what is at the path, and that is said."""
     document = document_text.plain(_read(file))
     query = "" if replaces is None else f"?replaces={replaces}"
-    return _with_api(url, lambda api: api.put(path + query, document))
+    row = _with_api(url, lambda api: api.put(path + query, document))
+    if as_json:
+        _json(row)
+    else:
+        typer.echo(f"{row['name']} is at version {row['version']}")
 
 
 def _pages(url: str | None, path: str, name: str, **params: object) -> list[Any]:
