@@ -5,6 +5,7 @@ Tests and ``make demo`` run on them; production does not. PostgreSQL refuses to 
 cookie and plugins file, so that two nodes on one machine never meet.
 """
 
+import contextlib
 import json
 import os
 import pwd
@@ -59,6 +60,15 @@ def port_answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is there and is no zombie, which holds nothing any more."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
 
 
 def _terminate(process: "subprocess.Popen[bytes] | None", number: int, patience: float) -> None:
@@ -176,10 +186,23 @@ class Postgres:
         _terminate(self.process, signal.SIGINT, 20)
 
     def kill(self) -> None:
-        """Every process of it has been killed with SIGKILL."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        """Every process of it has been killed with SIGKILL and is gone: it can be started again at once.
+
+        Raises:
+            ServerFailed: a process of it is still there after `START_SECONDS`.
+        """
+        if self.process is None or self.process.poll() is not None:
+            return
+        # a backend leads a group of its own (setsid), and while one lives the next server refuses to start
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        backends = [int(pid) for pid in listed.read_text().split()]
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pid in backends:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        log = self._directory / "postgres.log"
+        wait_until(lambda: not any(map(_runs, backends)), None, log, "the end of PostgreSQL")
 
 
 class RabbitMQ:

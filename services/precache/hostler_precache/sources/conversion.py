@@ -124,6 +124,9 @@ async def to_raw(path: Path, target: Path, *, expected: str, reserve_bytes: int)
         file_bytes=disk.virtual_bytes,
         keep_free=(target.parent, reserve_bytes),
     )
+    # a short conversion ends between two looks of the watch
+    if _free_bytes(target.parent) < reserve_bytes:
+        raise pieces.NoSpaceError("the disk has not the room for the converted image")
     if (await asyncio.to_thread(os.stat, target)).st_size != disk.virtual_bytes:
         raise SourceError("source.convert_failed", "the converted disk has another size")
     # a guest's disk that is itself an image of another format would be taken for that by the host
