@@ -15,7 +15,8 @@ obeys; see tcp(7) and tcp_set_rcvlowat in the kernel): the mark is never more th
 come of this answer, so whatever the peer has sent of it is read, and the end of the connection wakes
 us in any case. Not with TLS: of a record that has come in part nobody knows what is still to come.
 
-Sockets keep the kernel's own sizing of receive buffers, which grows further than SO_RCVBUF may.
+Where the rate of our link is known, a connection has a receive window to match (`windows`). Else
+sockets keep the kernel's own sizing of receive buffers, which grows further than SO_RCVBUF may.
 
 What a peer tells line by line, for as long as both live, comes on a connection of its own (`listen`),
 asked for by HTTP/1.0: then lines are all there is, and each costs one call.
@@ -35,7 +36,7 @@ from functools import lru_cache, partial
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import urlsplit
 
-from hostler_precache.transfer import response_head
+from hostler_precache.transfer import response_head, windows
 from hostler_precache.transfer.pieces import Landing
 from hostler_precache.transfer.response_head import Head, HeadError
 from hostler_precache.transfer.writers import Writers
@@ -84,9 +85,17 @@ class _Address:
 class Connections:
     """The connections of one process to its peers. Use it as an asynchronous context."""
 
-    def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
-        """No connection yet. ``tls`` says who is trusted, and who we are, at ``https`` addresses."""
+    def __init__(
+        self, *, tls: ssl.SSLContext | None = None, link_bytes_per_second: int | None = None
+    ) -> None:
+        """No connection yet.
+
+        Args:
+            tls: who is trusted, and who we are, at ``https`` addresses.
+            link_bytes_per_second: what our link carries, where that is known.
+        """
         self.tls = tls
+        self._link_bytes_per_second = link_bytes_per_second
         self._idle: dict[_Address, list[_Connection]] = defaultdict(list)
         self._open: set[_Connection] = set()
         self._blocks = _Blocks()
@@ -213,6 +222,7 @@ class Connections:
             lambda: _Connection(
                 self._blocks,
                 self._writers,
+                link_bytes_per_second=self._link_bytes_per_second,
                 on_lost=lambda connection: self._forget(address, connection),
             ),
             timeout_seconds,
@@ -298,11 +308,13 @@ class _Connection(asyncio.BufferedProtocol):
         blocks: _Blocks,
         writers: Writers,
         *,
+        link_bytes_per_second: int | None,
         on_lost: Callable[["_Connection"], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._blocks = blocks
         self._writers = writers
+        self._link_bytes_per_second = link_bytes_per_second
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._phase = _Phase.IDLE
@@ -311,6 +323,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._failure: BaseException | None = None
         self._socket: socket.socket | None = None  # whose mark is set; none with TLS
         self._mark_bytes = 1
+        self._window: windows.Window | None = None
+        self._awake_bytes = AWAKE_BYTES
         # one timer for all that may be late; it looks again by itself, so few are made
         self._timer: asyncio.TimerHandle | None = None
         self._limit = _Limit()
@@ -343,6 +357,10 @@ class _Connection(asyncio.BufferedProtocol):
             raise ConnectionLost("closed", is_silent=True)
         self._phase = _Phase.HEAD
         self._filled = 0
+        if self._window is not None:
+            self._window.fit()
+            if self._window.bytes is not None:  # the other half comes while we are about to read
+                self._awake_bytes = min(AWAKE_BYTES, self._window.bytes // 2)
         self._moved_at = self._loop.time()
         self._limit = limit
         self._watch()
@@ -385,8 +403,11 @@ class _Connection(asyncio.BufferedProtocol):
         """Connected."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        connection = transport.get_extra_info("socket")
+        if self._link_bytes_per_second is not None:
+            self._window = windows.Window(connection, self._link_bytes_per_second)
         if transport.get_extra_info("sslcontext") is None:
-            self._socket = transport.get_extra_info("socket")
+            self._socket = connection
 
     def get_buffer(self, sizehint: int) -> bytearray | memoryview:
         """Where the next bytes go."""
@@ -404,7 +425,7 @@ class _Connection(asyncio.BufferedProtocol):
         if self._phase is _Phase.BODY and nbytes <= self._left:
             self._filled += nbytes
             self._left -= nbytes
-            self._set_mark(min(AWAKE_BYTES, self._left))
+            self._set_mark(min(self._awake_bytes, self._left))
             self._advance()
         elif self._phase is _Phase.HEAD:
             self._filled += nbytes
@@ -453,7 +474,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._block[: len(body)] = body
         self._head = head
         self._phase = _Phase.BODY
-        self._set_mark(min(AWAKE_BYTES, self._left))
+        self._set_mark(min(self._awake_bytes, self._left))
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             self._waiter = None
