@@ -1,6 +1,6 @@
 """How long a question takes over a month of a large cloud, and what an event takes on the disk.
 
-    python benchmarks/usage_query.py [--scale 0.1] [--questions 30]
+    python benchmarks/usage_query.py [--scale 0.1] [--questions 30] [--without-disk]
 
 The cloud at scale 1 has 10,000 instances in 500 projects; in its month each is created, resized, stopped and
 started about sixty times in all, so that it has about sixty intervals, and half are deleted. Nova would say this in
@@ -10,12 +10,17 @@ that answer, so:
 - the **disk** is measured with all 1,300 messages of some instances (720 hourly `exists`, 600 others), before the
   rest;
 - the **questions** are measured with the messages that end an operation, of all instances, read from the broker and
-  folded by the real service: nothing is written into its tables by anybody else.
+  folded by the real service, at half the scale first and then at the scale: the slope is what the second half added
+  to the fastest time. Until here nothing is written into its tables by anybody else.
+
+To fold the messages of 10,000 instances takes long. So the **whole cloud** is made of the one at the scale: its
+intervals, amounts and sums of days, as the service wrote them, are copied under other names of projects and resources
+until there are as many instances. Then a **year** is made of the month: the sums of days are copied into the eleven
+months before, and so are the intervals of the first projects, one of which is asked about; answers must not take
+longer for it.
 
 Questions are asked over HTTP one after the other, from the request's first byte to the answer's last, every page of
-it; the figure is the median. They are asked at half the scale first, then at the scale: the slope is what the
-second half added to the fastest time. The sum of every answer about all projects must be the hours that the
-timelines give.
+it; the figure is the median. The sum of every answer about all projects must be the hours that the timelines give.
 """
 
 import argparse
@@ -24,7 +29,7 @@ import http.client
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -44,8 +49,12 @@ INSTANCES_PER_PROJECT = 20
 OPERATIONS = 60
 OTHERS = 600
 WHOLE_INSTANCES = 20
+ROWS_A_PAGE = "20000"
+MONTHS_BEFORE = 11
+PROJECTS_WITH_A_YEAR = 20
 QUESTIONS = {
     "all_projects_by_day_ms": {"group_by": "project,day"},
+    "all_projects_by_day_in_pages_ms": {"group_by": "project,day", "limit": "1000"},
     "all_projects_ms": {"group_by": "project"},
     "one_project_ms": {"group_by": "resource", "project_id": usage_cloud.digest_hex("project 0")},
     "one_project_by_day_ms": {
@@ -158,6 +167,7 @@ class Asker:
 
     connection: http.client.HTTPConnection
     window: Window
+    spent: Callable[[], float]  # processor seconds of the service and its database until now
 
     def ask(self, **parameters: str) -> tuple[float, list[Mapping[str, Any]], int]:
         """Seconds until the last byte of the last page, the rows, and how many resources are unfolded.
@@ -171,7 +181,7 @@ class Asker:
             query = {
                 "start": self.window.start.isoformat(),
                 "end": self.window.end.isoformat(),
-                "limit": "1000",
+                "limit": ROWS_A_PAGE,
                 **parameters,
                 **({"marker": marker} if marker else {}),
             }
@@ -192,12 +202,18 @@ class Asker:
     def timing(self, questions: int, **parameters: str) -> "Timing":
         """The same question so many times, after two that warm up."""
         rows = [len(self.ask(**parameters)[1]) for _ in range(2)][-1]
+        before = self.spent()
         taken = [1000 * self.ask(**parameters)[0] for _ in range(questions)]
-        return Timing(median_ms=bench.median(taken), best_ms=min(taken), rows=rows)
+        return Timing(
+            median_ms=bench.median(taken),
+            best_ms=min(taken),
+            cpu_ms=1000 * (self.spent() - before) / questions,
+            rows=rows,
+        )
 
-    def instance_microseconds(self, group_by: str) -> int:
+    def instance_microseconds(self, **parameters: str) -> int:
         """The sum of an answer."""
-        rows = self.ask(group_by=group_by)[1]
+        rows = self.ask(**parameters)[1]
         return sum(row["unit_microseconds"]["instance_hours"] for row in rows)
 
 
@@ -207,10 +223,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How long a question took. The fastest time is the one that a busy machine disturbs least: slopes are its."""
+    """How long a question took. The fastest time is the one that a busy machine disturbs least: slopes are its.
+
+    `cpu_ms` is what it cost the service and the database, whatever else the machine does; on an idle
+    machine an answer takes about as long.
+    """
 
     median_ms: float
     best_ms: float
+    cpu_ms: float
     rows: int
 
 
@@ -218,12 +239,15 @@ class Timing:
 class Answers:
     """What the questions took at one size of the cloud; one that the service cannot be asked is absent."""
 
+    name: str
     instances: int
     intervals: int
     timings: Mapping[str, Timing]
 
 
-def answers(asker: Asker, *, instances: int, intervals: int, questions: int, true: int) -> Answers:
+def answers(
+    asker: Asker, *, name: str, instances: int, intervals: int, questions: int, true: int
+) -> Answers:
     """Ask everything.
 
     Raises:
@@ -231,16 +255,16 @@ def answers(asker: Asker, *, instances: int, intervals: int, questions: int, tru
     """
     asker.connection.close()  # the server has closed it if nobody asked for some seconds
     timings = {}
-    for name, parameters in QUESTIONS.items():
+    for question, parameters in QUESTIONS.items():
         try:
             if "project_id" not in parameters:
-                said = asker.instance_microseconds(parameters["group_by"])
+                said = asker.instance_microseconds(**parameters)
                 if said != true:
-                    raise RuntimeError(f"{name}: {said} instance-microseconds, and not {true}")
-            timings[name] = asker.timing(questions, **parameters)
+                    raise RuntimeError(f"{question}: {said} instance-microseconds, and not {true}")
+            timings[question] = asker.timing(questions, **parameters)
         except Refused as exc:
-            bench.say(f"  {name}: {exc}")
-    return Answers(instances=instances, intervals=intervals, timings=timings)
+            bench.say(f"  {question}: {exc}")
+    return Answers(name=name, instances=instances, intervals=intervals, timings=timings)
 
 
 # --- the service
@@ -263,6 +287,21 @@ async def service(
     finally:
         await database.close()
         await stage.drop_database(url)
+
+
+def new_asker(
+    stage: bench.Stage, process: asyncio.subprocess.Process, address: str, window: Window
+) -> Asker:
+    """Asks this service."""
+    server = stage.postgres.process
+    assert server is not None
+
+    def spent() -> float:
+        pids = [process.pid, server.pid, *bench.descendants(server.pid)]
+        return sum(bench.cpu_seconds(pid) for pid in pids)
+
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    return Asker(connection, window, spent)
 
 
 async def load(
@@ -306,7 +345,7 @@ async def measure_disk(stage: bench.Stage, window: Window) -> tuple[float, float
     """Bytes an event with everything that is said of some instances: of the message itself, and of all else."""
     lives = [life(number, window) for number in range(WHOLE_INSTANCES)]
     async with service(stage) as (process, amqp_url, address, database):
-        asker = Asker(http.client.HTTPConnection(urlsplit(address).netloc, timeout=60), window)
+        asker = new_asker(stage, process, address, window)
         bodies = whole(lives, window)
         events = await load(
             bodies, amqp_url=amqp_url, asker=asker, database=database, process=process
@@ -327,15 +366,93 @@ async def measure_disk(stage: bench.Stage, window: Window) -> tuple[float, float
     return kept / events, sum(sizes.values()) / events
 
 
+# of what a copy is: other projects, other resources, everything else alike
+_COPIED = {
+    "usage_interval": (
+        "region, resource_type, {resource} AS resource_id, starts_at, ends_at, {project} AS project_id,"
+        " user_id, state_class, attributes, opened_by, closed_by, provenance"
+    ),
+    "usage_amount": (
+        "region, resource_type, {resource} AS resource_id, counter, label, at, amount,"
+        " {project} AS project_id, evidence"
+    ),
+    "usage_day": "day, region, {project} AS project_id, resource_type, measure, amount",
+}
+
+
+async def multiply(database: usage_service.Database, times: int) -> None:
+    """The cloud is so many times as large: its copies have other projects and other resources."""
+    for table, columns in _COPIED.items():
+        named = columns.format(
+            project="md5(project_id || ' ' || copy)",
+            resource="md5(resource_id || ' ' || copy)::uuid::text",
+        )
+        await database.execute(
+            f"INSERT INTO {usage_service.SCHEMA}.{table} SELECT {named}"  # noqa: S608  our own names
+            f" FROM {usage_service.SCHEMA}.{table}, generate_series(2, $1::integer) AS copy",
+            times,
+            timeout=usage_service.PATIENCE_SECONDS,
+        )
+    await database.execute("VACUUM ANALYZE", timeout=usage_service.PATIENCE_SECONDS)
+
+
+async def put_before(database: usage_service.Database, window: Window, months: int) -> None:
+    """The window's days were there in as many months before: their sums, and the intervals of some projects."""
+    schema, days = usage_service.SCHEMA, (window.end - window.start).days
+    await database.execute(
+        f"INSERT INTO {schema}.usage_day SELECT day - month * $1, region, project_id, resource_type,"  # noqa: S608
+        f" measure, amount FROM {schema}.usage_day, generate_series(1, $2::integer) AS month"
+        " WHERE day >= $3 AND day < $4",
+        days,
+        months,
+        window.start.date(),
+        window.end.date(),
+        timeout=usage_service.PATIENCE_SECONDS,
+    )
+    before = "month * make_interval(days => $1)"
+    await database.execute(
+        f"INSERT INTO {schema}.usage_interval SELECT region, resource_type,"  # noqa: S608
+        f" md5(resource_id || month)::uuid::text, starts_at - {before},"
+        f" least(ends_at, $4::timestamptz) - {before}, project_id, user_id, state_class,"
+        f" attributes, opened_by, closed_by, provenance FROM {schema}.usage_interval,"
+        " generate_series(1, $2::integer) AS month WHERE project_id = ANY($3::text[])"
+        f" AND least(ends_at, $4::timestamptz) > starts_at",
+        days,
+        months,
+        [usage_cloud.digest_hex(f"project {number}") for number in range(PROJECTS_WITH_A_YEAR)],
+        window.end,
+        timeout=usage_service.PATIENCE_SECONDS,
+    )
+    await database.execute("VACUUM ANALYZE", timeout=usage_service.PATIENCE_SECONDS)
+
+
 async def measure_questions(
     stage: bench.Stage, window: Window, *, instances: int, questions: int
 ) -> Sequence[Answers]:
-    """Half the cloud, and the cloud."""
+    """Half the cloud at the scale, the cloud at the scale, the whole cloud, and the whole cloud after a year."""
     found = []
     async with service(stage) as (process, amqp_url, address, database):
-        asker = Asker(http.client.HTTPConnection(urlsplit(address).netloc, timeout=60), window)
+        asker = new_asker(stage, process, address, window)
         done: list[InstanceLife] = []
-        for size in (instances // 2, instances):
+
+        async def ask(name: str, size: int, true: int) -> None:
+            intervals = await database.fetchval(
+                f"SELECT count(*) FROM {usage_service.SCHEMA}.usage_interval"  # noqa: S608
+            )
+            bench.say(f"{name}: {size:,} instances, {intervals:,} intervals")
+            found.append(
+                await asyncio.to_thread(
+                    answers,
+                    asker,
+                    name=name,
+                    instances=size,
+                    intervals=intervals,
+                    questions=questions,
+                    true=true,
+                )
+            )
+
+        for name, size in (("half", instances // 2), ("scale", instances)):
             lives = [life(number, window) for number in range(len(done), size)]
             done += lives
             began = time.monotonic()
@@ -346,69 +463,74 @@ async def measure_questions(
                 database=database,
                 process=process,
             )
-            intervals = await database.fetchval(
-                f"SELECT count(*) FROM {usage_service.SCHEMA}.usage_interval"  # noqa: S608
-            )
-            bench.say(
-                f"{size:,} instances: {events:,} messages, {intervals:,} intervals,"
-                f" loaded in {time.monotonic() - began:.0f} s"
-            )
+            bench.say(f"{events:,} messages, loaded in {time.monotonic() - began:.0f} s")
             await database.execute("VACUUM ANALYZE")
-            found.append(
-                answers(
-                    asker,
-                    instances=size,
-                    intervals=intervals,
-                    questions=questions,
-                    true=held_microseconds(done, window),
-                )
-            )
+            await ask(name, size, held_microseconds(done, window))
+        times = max(1, round(FULL_CLOUD / instances))
+        await multiply(database, times)
+        true = times * held_microseconds(done, window)
+        await ask("whole", times * instances, true)
+        await put_before(database, window, MONTHS_BEFORE)
+        await ask("whole, a year", times * instances, true)
     return found
 
 
-def conclude(found: Sequence[Answers], disk: tuple[float, float]) -> None:
-    """The figures at the scale, the slope, and the goals."""
-    half, full = found
+def conclude(found: Sequence[Answers], disk: tuple[float, float] | None) -> None:
+    """The figures of the whole cloud, after a month and after a year, the slope at the scale, and the goals."""
+    half, scale, whole, year = found
     figures: dict[str, float | None] = {}
     rows: list[Sequence[object]] = []
     for name in QUESTIONS:
-        low, high = half.timings.get(name), full.timings.get(name)
-        slope_name = name.removesuffix("_ms") + "_ms_per_1000_instances"
-        if low is None or high is None:
-            rows.append((name, "not known to it", "", "", ""))
-            figures |= {name: None, slope_name: None}
+        timings = [one.timings.get(name) for one in found]
+        if any(timing is None for timing in timings):
+            rows.append((name, *("not known to it" for _ in found), "", "", ""))
+            figures[name] = None
             continue
-        added = (high.best_ms - low.best_ms) / (full.instances - half.instances)
-        rows.append((name, low.median_ms, high.median_ms, high.rows, 1000 * added))
-        figures |= {name: high.median_ms, slope_name: 1000 * added}
+        known = [timing for timing in timings if timing is not None]
+        added = (known[1].best_ms - known[0].best_ms) / (scale.instances - half.instances)
+        times = (timing.median_ms for timing in known)
+        rows.append((name, *times, known[2].cpu_ms, known[2].rows, 1000 * added))
+        plain = name.removesuffix("_ms")
+        figures |= {
+            name: known[2].median_ms,
+            f"{plain}_after_a_year_ms": known[3].median_ms,
+            f"{plain}_cpu_ms": known[2].cpu_ms,
+            f"{plain}_after_a_year_cpu_ms": known[3].cpu_ms,
+            f"{plain}_ms_per_1000_instances": 1000 * added,
+        }
     bench.say()
     bench.table(
         (
             "question",
-            f"{half.instances:,} instances",
-            f"{full.instances:,} instances",
+            *(f"{one.instances:,}{', a year' if one is year else ''}" for one in found),
+            f"CPU ms at {whole.instances:,}",
             "rows",
             "ms per 1,000 more",
         ),
         rows,
     )
+    sizes = {} if disk is None else dict(zip(("message", "state"), disk, strict=True))
     bench.conclude(
         "usage_query",
         {
             **figures,
-            "instances": full.instances,
-            "intervals": full.intervals,
-            "message_bytes_per_event": disk[0],
-            "state_bytes_per_event": disk[1],
+            "instances": whole.instances,
+            "intervals": whole.intervals,
+            **{f"{name}_bytes_per_event": size for name, size in sizes.items()},
         },
-        {"all_projects_by_day_ms": "<= 100", "one_project_ms": "<= 50"},
+        {
+            "all_projects_by_day_ms": "<= 100",
+            "one_project_ms": "<= 50",
+            "all_projects_by_day_after_a_year_ms": "<= 100",
+            "one_project_after_a_year_ms": "<= 50",
+        },
     )
 
 
 async def measure(stage: bench.Stage, arguments: argparse.Namespace) -> None:
     """Everything."""
     window = usage_cloud.last_month(30)
-    disk = await measure_disk(stage, window)
+    disk = None if arguments.without_disk else await measure_disk(stage, window)
     found = await measure_questions(
         stage,
         window,
@@ -421,8 +543,13 @@ async def measure(stage: bench.Stage, arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scale", type=float, default=0.1, help="1 is 10,000 instances")
+    parser.add_argument(
+        "--scale", type=float, default=0.1, help="of 10,000 instances, how many are folded"
+    )
     parser.add_argument("--questions", type=int, default=30)
+    parser.add_argument(
+        "--without-disk", action="store_true", help="the bytes of an event are not measured"
+    )
     arguments = parser.parse_args()
     with bench.stage() as stage:
         asyncio.run(measure(stage, arguments))

@@ -2,17 +2,19 @@
 
 import asyncio
 import hashlib
+import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 from aiohttp import web
 
 from hostler_common import client, db, servers
-from hostler_common.testing import RunService, eventually
+from hostler_common.testing import RunService, eventually, wait_ready
 from hostler_precache import app, testing
 from hostler_precache.settings import Settings
 
@@ -193,5 +195,124 @@ async def test_what_is_asked_for_while_the_broker_is_away_is_announced_when_it_i
         if not agent.events("cache_called"):
             await service.api.post("/v1/distributions", {"image_id": image_id})
         answer = await ended(service.api, made["distribution_id"])
+        assert answer["host_states"] == {"cached": 1}
+        assert placed(agent, image_id)
+
+
+@pytest.mark.parametrize("back", ["while it comes", "when all of it has come"])
+async def test_an_image_whose_database_is_killed_while_it_comes_reaches_its_hosts_all_the_same(
+    run_service: RunService,
+    own_postgres: servers.Postgres,
+    amqp_url: str,
+    tmp_path: Path,
+    back: str,
+) -> None:
+    image_id = str(uuid.uuid4())
+    async with (
+        testing.http_source() as source,
+        run_service(
+            app.serve,
+            Settings,
+            app.PACKAGE,
+            database_url=own_postgres.url,
+            data_dir=tmp_path / "seed",
+            blob_port=servers.free_port(),
+            reserve_bytes=0,
+            log_level="ERROR",
+        ) as service,
+        testing.agent_process(
+            "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=service.url
+        ) as agent,
+    ):
+        source.pause_after = 6 * MIB
+        body = request(image_id, source.add("image", DATA), ["host-1"])
+        made = await service.api.post("/v1/distributions", body)
+        path = f"/v1/distributions/{made['distribution_id']}"
+
+        async def half_way() -> bool:
+            (host,) = (await service.api.get(path))["progress"]
+            return bool(host["pieces_done"] >= 6 * MIB // (256 * 1024))
+
+        await eventually(half_way)
+        await asyncio.to_thread(own_postgres.kill)
+
+        async def is_noticed() -> bool:
+            return bool(agent.events("report_failed"))
+
+        await eventually(is_noticed)
+        if back == "when all of it has come":
+            source.go_on.set()
+
+            async def has_come() -> bool:
+                names = [file.suffix for file in (tmp_path / "seed").iterdir()]
+                return names == [""]
+
+            await eventually(has_come)
+            assert not (agent.directory / image_id).exists()  # nobody has said that it is whole
+        await asyncio.to_thread(own_postgres.start)
+        await wait_ready(service.url, seconds=60)
+        source.go_on.set()
+        answer = await ended(service.api, made["distribution_id"])
+        assert answer["host_states"] == {"cached": 1}
+        assert placed(agent, image_id)
+        assert source.requests == ["image"]
+        (host,) = answer["progress"]
+        assert (host["received_from_seed_bytes"], host["wasted_bytes"]) == (len(DATA), 0)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB. Mounting takes root."""
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+async def test_a_seeds_disk_that_fills_while_an_image_comes_is_said_and_the_next_try_succeeds(
+    run_service: RunService, amqp_url: str, tmp_path: Path, small_disk: Path
+) -> None:
+    image_id = str(uuid.uuid4())
+    async with (
+        testing.http_source() as source,
+        run_service(
+            app.serve,
+            Settings,
+            app.PACKAGE,
+            data_dir=small_disk / "seed",
+            blob_port=servers.free_port(),
+            reserve_bytes=0,
+            log_level="ERROR",
+        ) as service,
+        testing.agent_process(
+            "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=service.url
+        ) as agent,
+    ):
+        source.pause_after = 6 * MIB
+        body = request(image_id, source.add("image", DATA), ["host-1"])
+        made = await service.api.post("/v1/distributions", body)
+
+        async def half_way() -> bool:
+            path = f"/v1/distributions/{made['distribution_id']}"
+            (host,) = (await service.api.get(path))["progress"]
+            return bool(host["pieces_done"] >= 6 * MIB // (256 * 1024))
+
+        await eventually(half_way)
+        ballast = small_disk / "ballast"
+        ballast.write_bytes(bytes(8 * MIB))
+        source.go_on.set()
+        answer = await ended(service.api, made["distribution_id"])
+        assert (answer["state"], answer["reason"].split(":")[0]) == ("error", "storage.no_space")
+        assert list((small_disk / "seed").iterdir()) == []
+
+        async def is_clean() -> bool:
+            return not list((agent.directory / ".precache").glob("*.part"))
+
+        await eventually(is_clean)
+        assert not (agent.directory / image_id).exists()
+        ballast.unlink()
+        again = await service.api.post("/v1/distributions", {"image_id": image_id})
+        answer = await ended(service.api, again["distribution_id"])
         assert answer["host_states"] == {"cached": 1}
         assert placed(agent, image_id)

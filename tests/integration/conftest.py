@@ -1,16 +1,20 @@
 """What the tests with real peers share: servers of environments of their own, and what they notify of."""
 
 import asyncio
+import functools
+import io
+import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import aio_pika
 import aiohttp
 import pytest
+import pytest_asyncio
 
 from hostler_common import servers
 from hostler_common.testing import RunningService, eventually
@@ -22,6 +26,7 @@ RunPeer = Callable[..., AbstractAsyncContextManager[str]]
 Overheard = Callable[[str], AbstractAsyncContextManager[Callable[[], Awaitable[int]]]]
 
 
+@functools.cache
 def environment(name: str) -> Path:
     """The peer, installed."""
     done = subprocess.run(
@@ -70,6 +75,98 @@ def run_peer() -> RunPeer:
     Leaving ends the peer in good order: it has then said all that it says.
     """
     return _run_peer
+
+
+class Commanded:
+    """A peer's own code in a process of its own, which takes commands and answers them, a line of JSON each."""
+
+    class Failed(Exception):
+        """The peer failed at it; the text is the peer's."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def begin(self, do: str, **arguments: object) -> None:
+        """Tell it to do something."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._process.stdin.flush()
+
+    def end(self) -> Any:
+        """What came of it."""
+        assert self._process.stdout is not None
+        answer = json.loads(self._process.stdout.readline())
+        if "error" in answer:
+            raise self.Failed(answer["error"])
+        return answer["ok"]
+
+    def do(self, what: str, **arguments: object) -> Any:
+        """Both."""
+        self.begin(what, **arguments)
+        return self.end()
+
+
+@contextmanager
+def _command_peer(name: str, program: str, conf: Path) -> Iterator[Commanded]:
+    python = environment(name) / "bin" / "python"
+    with conf.with_name("log").open("wb") as log:
+        process = subprocess.Popen(
+            [python, PEERS / program, conf],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    try:
+        yield Commanded(process)
+    finally:
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def command_peer() -> Callable[[str, str, Path], Any]:
+    """`with command_peer(name, program, conf) as peer`: peers/PROGRAM, to be told what to `do`.
+
+    Its log is beside its configuration.
+    """
+    return _command_peer
+
+
+@pytest_asyncio.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client of whatever it is."""
+    async with aiohttp.ClientSession() as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture
+async def glance(run_peer: RunPeer, tmp_path: Path) -> AsyncIterator[str]:
+    """A real Glance without Keystone, with its file store in `tmp_path / "glance"`; its address."""
+    directory = tmp_path / "glance"
+    directory.mkdir()
+    async with run_peer("glance", directory) as url:
+        yield url
+
+
+async def _upload(
+    glance: str, data: bytes, *, token: str | None = None, **fields: Any
+) -> dict[str, Any]:
+    body = {"name": "golden", "disk_format": "raw", "container_format": "bare", **fields}
+    own = {"X-Auth-Token": token} if token else {}
+    async with aiohttp.ClientSession(headers=own) as session:
+        async with session.post(f"{glance}/v2/images", json=body) as response:
+            assert response.status == 201, await response.text()
+            url = f"{glance}/v2/images/{(await response.json())['id']}"
+        kind = {"Content-Type": "application/octet-stream"}
+        async with session.put(f"{url}/file", data=io.BytesIO(data), headers=kind) as response:
+            assert response.status == 204, await response.text()
+        async with session.get(url) as response:
+            assert response.status == 200, await response.text()
+            described: dict[str, Any] = await response.json()
+            return described
+
+
+@pytest.fixture
+def upload() -> Callable[..., Awaitable[dict[str, Any]]]:
+    """`await upload(glance, data, token=None, **fields)`: an image in Glance, as Glance describes it."""
+    return _upload
 
 
 @pytest.fixture

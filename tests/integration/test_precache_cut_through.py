@@ -153,9 +153,34 @@ async def test_a_seed_killed_while_it_fetches_goes_on_with_what_hosts_have(
             assert found["host_states"] == {"cached": 2}
             assert found["blob_id"] == blob_id
         assert all((one.directory / image_id).read_bytes() == DATA for one in agents)
-        assert source.requests == ["image", "image"]
+        # asked for the rest, a source without ranges sends all of it
+        assert source.requests == ["image", "image", "image"]
         for host in hosts:
             assert await received(database_url, host) == [SIZE]
+
+
+@pytest.mark.parametrize("ending", ["killed", "told to stop"])
+async def test_a_seed_that_starts_again_asks_a_source_with_ranges_for_the_rest_only(
+    service: Service, agent: Agent, source: testing.Source, database_url: str, ending: str
+) -> None:
+    source.has_ranges = True
+    async with AsyncExitStack() as stack:
+        async with service() as first:
+            one = await stack.enter_async_context(agent("host-1"))
+            image_id, distribution_id = await distribute(service.url, source, ["host-1"])
+            await half_way(service.url, distribution_id)
+            if ending == "killed":
+                await first.kill()
+        source.pause_after = None
+        source.go_on.set()
+        async with service() as second:
+            found = await done(service.url, distribution_id)
+            assert found["host_states"] == {"cached": 1}
+            (event,) = second.events("fetch_finished")
+        assert (one.directory / image_id).read_bytes() == DATA
+        assert source.ranges == [f"bytes={HALF}-"]
+        assert event["left_bytes"] == HALF
+        assert await received(database_url, "host-1") == [SIZE]
 
 
 async def test_a_seed_that_finds_other_bytes_when_it_starts_again_mixes_nothing(

@@ -2,16 +2,13 @@
 
 import asyncio
 import hashlib
-import io
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
-import pytest_asyncio
 
 from hostler_common import servers
 from hostler_common.testing import RunService, eventually
@@ -19,83 +16,17 @@ from hostler_precache import app, images, testing
 from hostler_precache.settings import Settings
 from hostler_precache.sources import listers, plugins
 
-PEERS = Path(__file__).parent / "peers"
 DATA = testing.image_of((3 << 20) + 77, seed=5)
 
 
-@pytest.fixture(scope="session")
-def glance_environment() -> Path:
-    """Glance, installed."""
-    done = subprocess.run(
-        [sys.executable, str(PEERS / "build.py"), "glance"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return Path(done.stdout.strip())
-
-
-@pytest.fixture(scope="module")
-def glance_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where Glance keeps everything."""
-    return tmp_path_factory.mktemp("glance")
-
-
-@pytest.fixture(scope="module")
-def glance(glance_environment: Path, glance_directory: Path) -> Iterator[str]:
-    """A Glance without Keystone that anybody may use; its address."""
-    port = servers.free_port()
-    with (glance_directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                glance_environment / "bin" / "python", PEERS / "glance_server.py",
-                "--directory", glance_directory, "--port", str(port),
-            ],
-            stdout=log, stderr=log,
-        )  # fmt: skip
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
-
-
-@pytest_asyncio.fixture
-async def session(glance: str) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session, once Glance answers."""
-    async with aiohttp.ClientSession() as opened:
-
-        async def answers() -> bool:
-            try:
-                async with opened.get(f"{glance}/v2/images") as response:
-                    return response.status == 200
-            except aiohttp.ClientConnectionError:
-                return False
-
-        await eventually(answers, seconds=120)
-        yield opened
-
-
-async def upload(
-    session: aiohttp.ClientSession, glance: str, name: str, data: bytes, **fields: Any
-) -> dict[str, Any]:
-    """An image in Glance, as Glance describes it."""
-    body = {"name": name, "disk_format": "raw", "container_format": "bare", **fields}
-    async with session.post(f"{glance}/v2/images", json=body) as response:
-        assert response.status == 201, await response.text()
-        image_id = (await response.json())["id"]
-    headers = {"Content-Type": "application/octet-stream"}
-    url = f"{glance}/v2/images/{image_id}"
-    async with session.put(f"{url}/file", data=io.BytesIO(data), headers=headers) as response:
-        assert response.status == 204, await response.text()
-    async with session.get(url) as response:
-        described: dict[str, Any] = await response.json()
-    return described
+RunPeer = Callable[..., AbstractAsyncContextManager[str]]
+Upload = Callable[..., Awaitable[dict[str, Any]]]
 
 
 async def test_every_page_of_glance_is_listed_with_its_hashes(
-    glance: str, session: aiohttp.ClientSession
+    glance: str, upload: Upload, session: aiohttp.ClientSession
 ) -> None:
-    made = [
-        await upload(session, glance, f"paged-{n}", DATA[: n + 1], tags=["paged"])
-        for n in range(5)
-    ]
+    made = [await upload(glance, DATA[: n + 1], tags=["paged"]) for n in range(5)]
     lister = listers.GlanceLister(plugins.Surroundings(session=session, glance_url=glance))
     found = await lister.list({"tags": ["paged"], "page_size": 2})
     assert [image.image_id for image in found] == [image["id"] for image in made]
@@ -117,18 +48,16 @@ def qcow2_of(data: bytes, directory: Path) -> bytes:
 
 async def test_a_policy_over_glance_puts_its_images_on_a_host_as_raw_disks(
     glance: str,
-    session: aiohttp.ClientSession,
+    upload: Upload,
     run_service: RunService,
     amqp_url: str,
     tmp_path: Path,
 ) -> None:
-    image = await upload(session, glance, "golden", DATA, tags=["precache"])
+    image = await upload(glance, DATA, tags=["precache"])
     disk = DATA[: 3 << 20] + bytes(5 << 20)
     content = await asyncio.to_thread(qcow2_of, disk, tmp_path)
-    shaped = await upload(
-        session, glance, "shaped", content, tags=["precache"], disk_format="qcow2"
-    )
-    await upload(session, glance, "other", b"other")
+    shaped = await upload(glance, content, tags=["precache"], disk_format="qcow2")
+    await upload(glance, b"other")
     async with (
         run_service(
             app.serve,
@@ -165,13 +94,12 @@ async def test_a_policy_over_glance_puts_its_images_on_a_host_as_raw_disks(
 
 async def test_bytes_that_are_not_what_glance_says_are_refused(
     glance: str,
-    session: aiohttp.ClientSession,
+    upload: Upload,
     run_service: RunService,
     tmp_path: Path,
-    glance_directory: Path,
 ) -> None:
-    image = await upload(session, glance, "damaged", DATA, tags=["damaged"])
-    with (glance_directory / "images" / image["id"]).open("r+b") as file:
+    image = await upload(glance, DATA, tags=["damaged"])
+    with (tmp_path / "glance" / "images" / image["id"]).open("r+b") as file:
         # bit rot in the store, which Glance does not notice
         file.seek(1 << 20)
         file.write(b"rot")
@@ -195,3 +123,64 @@ async def test_bytes_that_are_not_what_glance_says_are_refused(
         (distribution,) = await eventually(failed)
         assert distribution["reason"].startswith("source.hash_mismatch")
         assert list((tmp_path / "seed").iterdir()) == []
+
+
+async def test_what_glance_says_runs_its_policies_at_once_and_lets_a_deleted_image_go(
+    run_peer: RunPeer,
+    upload: Upload,
+    session: aiohttp.ClientSession,
+    run_service: RunService,
+    amqp_url: str,
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "glance"
+    directory.mkdir()
+    async with (
+        run_peer("glance", directory, "--amqp-url", amqp_url) as glance,
+        run_service(
+            app.serve,
+            Settings,
+            app.PACKAGE,
+            data_dir=tmp_path / "seed",
+            blob_port=servers.free_port(),
+            reserve_bytes=0,
+            glance_url=glance,
+            glance_amqp_url=amqp_url,
+            log_level="WARNING",
+        ) as service,
+    ):
+        policy = {
+            "name": "golden",
+            "lister": "glance",
+            "options": {"tags": ["precache"]},
+            "hosts": ["host-1"],
+            "every_seconds": 7 * 86400,
+        }
+        made = await service.api.post("/v1/policies", policy)
+
+        async def has_run() -> bool:
+            shown = await service.api.get(f"/v1/policies/{made['policy_id']}")
+            return bool(shown["last_outcome"] == "ok")
+
+        await eventually(has_run)
+        image = await upload(glance, DATA, tags=["precache"])
+
+        async def distribution() -> dict[str, Any]:
+            listed = (await service.api.get("/v1/distributions"))["distributions"]
+            found: dict[str, Any] = listed[0] if listed else {"state": None}
+            return found
+
+        async def has_its_bytes() -> bool:
+            found = await distribution()
+            return bool(found["state"] == "distributing" and found["verification"] == "hash")
+
+        await eventually(has_its_bytes)
+        assert (await distribution())["image_id"] == image["id"]
+        async with session.delete(f"{glance}/v2/images/{image['id']}") as response:
+            assert response.status == 204
+
+        async def is_let_go() -> bool:
+            found = await distribution()
+            return (found["state"], found["reason"]) == ("cancelled", "image.deleted")
+
+        await eventually(is_let_go)

@@ -6,34 +6,27 @@ not Nova's. Where Nova is to ask nobody for an image, its Glance is a port that 
 
 import asyncio
 import contextlib
-import functools
-import io
-import json
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import aiohttp
 import pytest
-import pytest_asyncio
 
 from hostler_common import servers
+from hostler_precache import messages, testing
 from hostler_precache.placing import nova_lock, placers
 from hostler_precache.placing.placement import Outcome, Wanted
 from hostler_precache.placing.shelf import Shelf
 from hostler_precache.settings import AgentSettings
-from hostler_precache.transfer import manifest, pieces
 from hostler_precache.transfer.manifest import BlobId, ImageId
+from hostler_precache.transfer.pieces import PieceStore
 
-PEERS = Path(__file__).parent / "peers"
 DATA = random.Random(1).randbytes((1 << 20) + 512)
 ROOT_BYTES = 8 << 20
 DAY = 86400.0
@@ -54,88 +47,59 @@ connection = sqlite:///{state}/nova_api.sqlite
 [glance]
 api_servers = {glance}
 num_retries = 0
+[notifications]
+notification_format = versioned
+[oslo_messaging_notifications]
+driver = log
 """
 
 
-RunPeer = Callable[..., AbstractAsyncContextManager[str]]
-
-
-@functools.cache
-def nova_environment() -> Path:
-    """Nova, installed."""
-    done = subprocess.run(
-        [sys.executable, str(PEERS / "build.py"), "nova"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return Path(done.stdout.strip())
-
-
-class NovaError(Exception):
-    """Nova failed at it."""
+CommandPeer = Callable[[str, str, Path], AbstractContextManager[Any]]
+RunNova = Callable[..., AbstractContextManager["Nova"]]
+Upload = Callable[..., Awaitable[dict[str, Any]]]
 
 
 class Nova:
     """A Nova in a process of its own, on a directory of its own."""
 
-    def __init__(self, state: Path, process: subprocess.Popen[str]) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self.instances = state / "instances"
-        self.base = self.instances / "_base"
-        self.conf = state / "nova.conf"
-        self._in: IO[str] = process.stdin
-        self._out: IO[str] = process.stdout
-
-    def begin(self, do: str, **arguments: object) -> None:
-        """Tell Nova to do something."""
-        self._in.write(json.dumps({"do": do, **arguments}) + "\n")
-        self._in.flush()
-
-    def end(self) -> Any:
-        """What came of it."""
-        answer = json.loads(self._out.readline())
-        if "error" in answer:
-            raise NovaError(answer["error"])
-        return answer["ok"]
-
-    def do(self, what: str, **arguments: object) -> Any:
-        self.begin(what, **arguments)
-        return self.end()
+    def __init__(self, conf: Path, peer: Any) -> None:
+        self.conf = conf
+        self.instances = conf.parent / "instances"
+        self.begin, self.end, self.do = peer.begin, peer.end, peer.do
+        self.Failed: type[Exception] = peer.Failed
 
 
 def spawning(image: Wanted) -> dict[str, object]:
     return {"uuid": str(uuid.uuid4()), "image_id": image.image_id, "size_bytes": ROOT_BYTES}
 
 
-@contextlib.contextmanager
-def run_nova(
-    state: Path, *, images_type: str = "default", glance: str | None = None
-) -> Iterator[Nova]:
-    (state / "instances" / "_base").mkdir(parents=True)
-    conf = state / "nova.conf"
-    nobody = f"http://127.0.0.1:{servers.free_port()}"
-    conf.write_text(CONF.format(state=state, images_type=images_type, glance=glance or nobody))
-    python = nova_environment() / "bin" / "python"
-    with (state / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [python, PEERS / "nova_cache.py", conf],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-        )  # fmt: skip
-    try:
-        yield Nova(state, process)
-    finally:
-        process.communicate()
+@pytest.fixture(scope="session")
+def run_nova(command_peer: CommandPeer) -> RunNova:
+    """`with run_nova(state, **options) as nova`."""
+
+    @contextlib.contextmanager
+    def run(
+        state: Path, *, images_type: str = "default", glance: str | None = None
+    ) -> Iterator[Nova]:
+        (state / "instances" / "_base").mkdir(parents=True)
+        conf = state / "nova.conf"
+        nobody = f"http://127.0.0.1:{servers.free_port()}"
+        conf.write_text(CONF.format(state=state, images_type=images_type, glance=glance or nobody))
+        with command_peer("nova", "nova_cache.py", conf) as peer:
+            yield Nova(conf, peer)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def nova(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nova]:
+def nova(run_nova: RunNova, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nova]:
     """Nova as it is by default: disks are qcow2 overlays on raw bases. It reaches no Glance."""
     with run_nova(tmp_path_factory.mktemp("nova")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def copying_nova(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nova]:
+def copying_nova(run_nova: RunNova, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nova]:
     """Nova whose disks are copies of their bases."""
     with run_nova(tmp_path_factory.mktemp("copying"), images_type="raw") as running:
         yield running
@@ -171,27 +135,11 @@ def image(image_id: str | None = None) -> Wanted:
     )
 
 
-def described(data: bytes) -> manifest.Manifest:
-    hasher = manifest.Hasher(manifest.MIN_PIECE_BYTES)
-    hasher.update(data)
-    return hasher.finish()
+LISTED = testing.described(DATA)
 
 
-LISTED = described(DATA)
-
-
-@contextlib.contextmanager
-def transferred(shelf: Shelf, wanted: Wanted) -> Iterator[pieces.PieceStore]:
-    """All pieces are here, and nothing is placed."""
-    shelf.make_room(wanted, LISTED)
-    store = pieces.PieceStore.open(shelf.directory, wanted.blob_id, LISTED)
-    try:
-        for piece, span in manifest.spans(LISTED):
-            store.write(piece, DATA[span.start : span.stop])
-        store.flush()
-        yield store
-    finally:
-        store.close()
+def transferred(shelf: Shelf, wanted: Wanted) -> AbstractContextManager[PieceStore]:
+    return testing.transferred(shelf, wanted, DATA)
 
 
 def placed(shelf: Shelf, wanted: Wanted) -> Path:
@@ -222,7 +170,7 @@ def test_nova_makes_a_disk_on_the_placed_base_and_asks_glance_for_nothing(
 
 
 def test_nova_would_have_asked_glance_had_the_base_not_been_there(nova: Nova) -> None:
-    with pytest.raises(NovaError, match="Connection to glance host"):
+    with pytest.raises(nova.Failed, match="Connection to glance host"):
         nova.do("spawn", **spawning(image()))
 
 
@@ -320,7 +268,7 @@ def test_a_base_that_a_disk_of_novas_stands_on_outlives_its_image(
     with shelf_of(nova, clock=lambda: later) as next_shelf:
         assert next_shelf.tend([], [wanted.image_id]).removed == (target.name,)
     assert not target.exists()
-    with pytest.raises(NovaError, match="Connection to glance host"):  # it is Nova's to fetch
+    with pytest.raises(nova.Failed, match="Connection to glance host"):  # it is Nova's to fetch
         nova.do("spawn", **spawning(wanted))
 
 
@@ -339,35 +287,30 @@ def test_a_base_that_novas_database_has_in_use_is_not_removed_though_no_disk_nam
     assert target.exists()
 
 
+# --- what is said of it
+
+
+def test_what_we_say_of_an_image_and_its_hosts_is_what_nova_would_say_of_an_aggregate(
+    nova: Nova,
+) -> None:
+    distribution_id, image_id = str(uuid.uuid4()), str(uuid.uuid4())
+    said = nova.do("notifications", uuid=distribution_id, name=image_id, hosts=["h1", "h2"])
+
+    data = messages.AggregateData(uuid=distribution_id, name=image_id, hosts=["h1", "h2"])
+    assert messages.AggregatePayload(data=data).model_dump() == said["start"]
+    progress = messages.AggregateCacheData(
+        uuid=distribution_id,
+        name=image_id,
+        host="h1",
+        images_cached=[image_id],
+        images_failed=[],
+        index=1,
+        total=2,
+    )
+    assert messages.AggregateCachePayload(data=progress).model_dump() == said["progress"]
+
+
 # --- at the same time
-
-
-@pytest_asyncio.fixture
-async def glance(run_peer: RunPeer, tmp_path: Path) -> AsyncIterator[str]:
-    """A real Glance without Keystone."""
-    directory = tmp_path / "glance"
-    directory.mkdir()
-    async with run_peer("glance", directory) as url:
-        yield url
-
-
-async def uploaded(glance: str) -> Wanted:
-    """An image of Glance's with our bytes."""
-    async with aiohttp.ClientSession() as session:
-        body = {
-            "name": "golden",
-            "disk_format": "raw",
-            "container_format": "bare",
-            "visibility": "public",
-        }
-        async with session.post(f"{glance}/v2/images", json=body) as response:
-            assert response.status == 201, await response.text()
-            image_id = (await response.json())["id"]
-        headers = {"Content-Type": "application/octet-stream"}
-        url = f"{glance}/v2/images/{image_id}/file"
-        async with session.put(url, data=io.BytesIO(DATA), headers=headers) as response:
-            assert response.status == 204, await response.text()
-    return image(image_id)
 
 
 class Watcher:
@@ -431,7 +374,7 @@ def raced(nova: Nova, shelf: Shelf, wanted: Wanted, command: str, first: str) ->
 
 
 async def test_nova_fetching_and_us_placing_the_same_base_leave_one_whole_file(
-    glance: str, tmp_path: Path
+    run_nova: RunNova, glance: str, upload: Upload, tmp_path: Path
 ) -> None:
     with (
         run_nova(tmp_path / "nova", glance=glance) as nova,
@@ -439,7 +382,7 @@ async def test_nova_fetching_and_us_placing_the_same_base_leave_one_whole_file(
     ):
 
         async def race(command: str, first: str) -> Outcome:
-            wanted = await uploaded(glance)
+            wanted = image((await upload(glance, DATA, visibility="public"))["id"])
             return await asyncio.to_thread(raced, nova, shelf, wanted, command, first)
 
         assert await race("spawn", "ours") is Outcome.PLACED

@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import io
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -44,12 +45,7 @@ from hostler_usage.settings import Settings as UsageSettings
 MIB = 1 << 20
 DATA = testing.image_of(5 * MIB + 77, seed=5)
 RunPeer = Callable[..., AbstractAsyncContextManager[str]]
-
-
-@pytest_asyncio.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as opened:
-        yield opened
+Upload = Callable[..., Awaitable[dict[str, Any]]]
 
 
 async def call(
@@ -154,25 +150,6 @@ async def identity(
         )
 
 
-async def upload(
-    session: aiohttp.ClientSession,
-    glance: str,
-    data: bytes,
-    *,
-    token: str | None = None,
-    **fields: Any,
-) -> dict[str, Any]:
-    """An image in Glance, as Glance describes it."""
-    body = {"name": "golden", "disk_format": "raw", "container_format": "bare", **fields}
-    made, _ = await call(session, "POST", f"{glance}/v2/images", 201, token=token, json=body)
-    url = f"{glance}/v2/images/{made['id']}"
-    headers = {"Content-Type": "application/octet-stream"}
-    await call(session, "PUT", f"{url}/file", 204, token=token, data=data, headers=headers)
-    described, _ = await call(session, "GET", url, 200, token=token)
-    found: dict[str, Any] = described
-    return found
-
-
 async def refused(work: Awaitable[Any]) -> SourceError:
     with pytest.raises(SourceError) as caught:
         await work
@@ -181,13 +158,17 @@ async def refused(work: Awaitable[Any]) -> SourceError:
 
 @pytest.mark.timeout(480)  # two peers, one after the other
 async def test_glance_behind_keystone_is_listed_and_fetched_with_a_credential_that_can_be_revoked(
-    run_peer: RunPeer, session: aiohttp.ClientSession, identity: Identity, tmp_path: Path
+    run_peer: RunPeer,
+    session: aiohttp.ClientSession,
+    identity: Identity,
+    tmp_path: Path,
+    upload: Upload,
 ) -> None:
     directory = tmp_path / "glance"
     directory.mkdir()
     async with run_peer("glance", directory, "--keystone-url", f"{identity.url}/v3") as glance:
         await identity.offer("image", glance)
-        await upload(session, glance, DATA, token=identity.token, visibility="private")
+        await upload(glance, DATA, token=identity.token, visibility="private")
         account = identity.account(await identity.application_credential())
         surroundings = Surroundings(session=session, keystone=account)
         lister = listers.GlanceLister(surroundings)
@@ -367,6 +348,28 @@ async def test_swift_goes_on_with_a_range_where_the_connection_broke(
             assert (tmp_path / name).read_bytes() == DATA
             assert fetched.verification is verification
             assert len(breaking.ranges) == 1
+            # what a killed process left is gone on with where Swift says what it hashes to
+            breaking.ranges.clear()
+            told = left_by_a_killed_process(tmp_path / f"{name}-again", fetched)
+            again = await fetch(
+                SwiftAt(access.Service("Swift", session, behind)),
+                Image(
+                    image_id=images.image_id("golden"), fetcher="swift", location=f"images/{name}"
+                ),
+                tmp_path / f"{name}-again",
+                told=told,
+            )
+            assert (tmp_path / f"{name}-again").read_bytes() == DATA
+            is_checked = verification is Verification.CHECKSUM
+            assert (again.left_bytes, len(breaking.ranges)) == (2 * MIB * is_checked, is_checked)
+
+
+def left_by_a_killed_process(path: Path, fetched: Fetched) -> bytes:
+    """The first 2 MiB are beside the path, and others were told of them; the digests."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(DATA[: 2 * MIB])
+    os.truncate(part, len(DATA))
+    return fetched.manifest.digests[: 2 * MIB // fetched.manifest.piece_bytes * 32]
 
 
 class SwiftAt(fetchers.SwiftFetcher):
@@ -467,7 +470,11 @@ async def test_swift_behind_keystone_is_the_projects_own_account(
 
 
 async def test_glance_says_on_the_broker_what_happens_to_its_images(
-    run_peer: RunPeer, session: aiohttp.ClientSession, amqp_url: str, tmp_path: Path
+    run_peer: RunPeer,
+    session: aiohttp.ClientSession,
+    amqp_url: str,
+    tmp_path: Path,
+    upload: Upload,
 ) -> None:
     directory = tmp_path / "glance"
     directory.mkdir()
@@ -497,7 +504,7 @@ async def test_glance_says_on_the_broker_what_happens_to_its_images(
         open_bus(amqp_url, subscription),
         run_peer("glance", directory, "--amqp-url", amqp_url) as glance,
     ):
-        image = await upload(session, glance, DATA)
+        image = await upload(glance, DATA)
 
         async def heard() -> bool:
             return "glance" in due
@@ -525,16 +532,8 @@ async def test_glance_says_on_the_broker_what_happens_to_its_images(
 # --- Glance itself: no bytes, and bytes that go away
 
 
-@pytest_asyncio.fixture
-async def glance(run_peer: RunPeer, tmp_path: Path) -> AsyncIterator[str]:
-    directory = tmp_path / "glance"
-    directory.mkdir()
-    async with run_peer("glance", directory) as url:
-        yield url
-
-
 async def test_glance_images_without_bytes_deleted_and_in_another_format_end_as_they_should(
-    session: aiohttp.ClientSession, glance: str, tmp_path: Path
+    session: aiohttp.ClientSession, glance: str, tmp_path: Path, upload: Upload
 ) -> None:
     surroundings = Surroundings(session=session, glance_url=glance)
     fetcher = fetchers.GlanceFetcher(surroundings)
@@ -546,7 +545,7 @@ async def test_glance_images_without_bytes_deleted_and_in_another_format_end_as_
         return image
 
     # no bytes
-    empty = await described((await upload(session, glance, b""))["id"])
+    empty = await described((await upload(glance, b""))["id"])
     fetched = await fetch(fetcher, empty, tmp_path / "empty")
     assert ((tmp_path / "empty").read_bytes(), fetched.manifest.size_bytes) == (b"", 0)
 
@@ -558,13 +557,13 @@ async def test_glance_images_without_bytes_deleted_and_in_another_format_end_as_
     )
     assert await process.wait() == 0
     content = (tmp_path / "qcow2").read_bytes()
-    shaped = await described((await upload(session, glance, content, disk_format="qcow2"))["id"])
+    shaped = await described((await upload(glance, content, disk_format="qcow2"))["id"])
     fetched = await fetch(fetcher, shaped, tmp_path / "converted")
     assert (tmp_path / "converted").read_bytes() == (tmp_path / "raw").read_bytes()
     assert (fetched.disk_format, fetched.verification) == ("raw", Verification.HASH)
 
     # deactivated: listed no more; deleted: not there
-    image = await upload(session, glance, DATA, tags=["here"])
+    image = await upload(glance, DATA, tags=["here"])
     known = await described(image["id"])
     lister = listers.GlanceLister(surroundings)
     assert [each.image_id for each in await lister.list({"tags": ["here"]})] == [image["id"]]
@@ -579,17 +578,25 @@ async def test_glance_images_without_bytes_deleted_and_in_another_format_end_as_
 
 
 async def test_glance_goes_on_with_a_range_where_its_store_serves_them(
-    session: aiohttp.ClientSession, glance: str, tmp_path: Path
+    session: aiohttp.ClientSession, glance: str, tmp_path: Path, upload: Upload
 ) -> None:
-    image = await upload(session, glance, DATA)
+    image = await upload(glance, DATA)
     async with breaking_proxy(glance) as breaking:
         breaking.arm(2 * MIB)
         surroundings = Surroundings(session=session, glance_url=breaking.url)
         known = await listers.glance_image(surroundings.glance(), image["id"])
         assert known is not None
-        await fetch(fetchers.GlanceFetcher(surroundings), known, tmp_path / "blob")
+        fetcher = fetchers.GlanceFetcher(surroundings)
+        fetched = await fetch(fetcher, known, tmp_path / "blob")
         assert (tmp_path / "blob").read_bytes() == DATA
         assert len(breaking.ranges) == 1
+
+        # what a killed process left
+        breaking.ranges.clear()
+        told = left_by_a_killed_process(tmp_path / "again", fetched)
+        again = await fetch(fetcher, known, tmp_path / "again", told=told)
+        assert (tmp_path / "again").read_bytes() == DATA
+        assert (again.left_bytes, breaking.ranges) == (2 * MIB, [f"Range: bytes={2 * MIB}-"])
 
         # deleted between the break and the range
         breaking.arm(2 * MIB)
@@ -632,8 +639,9 @@ async def test_the_images_launched_most_lately_are_listed_as_glance_describes_th
     glance: str,
     run_service: RunService,
     amqp_url: str,
+    upload: Upload,
 ) -> None:
-    made = [await upload(session, glance, DATA[: n + 1], name=f"image-{n}") for n in range(4)]
+    made = [await upload(glance, DATA[: n + 1], name=f"image-{n}") for n in range(4)]
     ids = [image["id"] for image in made]
     now = datetime.now(UTC).replace(microsecond=0)
     lately, before = now - timedelta(days=1), now - timedelta(days=20)

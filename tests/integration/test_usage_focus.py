@@ -210,7 +210,7 @@ async def rows_of(pool: db.Pool, pricing: focus_pricing.Pricing | None) -> list[
         async for batch in charges:
             found += [focus.row(charge, issuer, priced=pricing is not None) for charge in batch]
         async for lines in snapshot.usage(asked, focus.GROUPS, UsageFilter(project_id="p1")):
-            late = focus.charge(lines[0], currency="EUR", is_correction=True)
+            late = focus.charge(lines[0], currency="EUR", corrected_in=DAY + timedelta(days=40))
             found.append(focus.row(late, issuer, priced=pricing is not None))
     return found
 

@@ -187,6 +187,8 @@ async def test_every_chart_has_its_table_and_every_page_keeps_its_security_polic
             "/events": 0,
             f"/events/{event}": 0,
             "/quarantine": 0,
+            "/explain?measure=vcpu_hours&project=webshop": 0,
+            "/price-books": 0,
         }
         for path, count in charts.items():
             async with browser() as tab:
@@ -202,6 +204,35 @@ async def test_every_chart_has_its_table_and_every_page_keeps_its_security_polic
                     "document.documentElement.scrollWidth - document.documentElement.clientWidth"
                 )
                 assert width == 0, path  # wide tables scroll by themselves
+
+
+async def test_a_click_on_a_number_shows_its_intervals_and_a_click_on_a_message_its_body(
+    run_usage: RunUsage, amqp_url: str, browser: OpenTab
+) -> None:
+    async with run_usage() as service:
+        await fold_all(service, amqp_url)
+        async with browser() as tab:
+            await tab.go(f"{service.url}/projects/analytics")
+            number = await tab.evaluate("document.querySelector('td a.why').innerText")
+            await tab.act("document.querySelector('td a.why').click()")
+            heading = await tab.evaluate("document.querySelector('h1').innerText")
+            assert heading.startswith(f"{number} ")
+            parts = await tab.evaluate(
+                "[...document.querySelectorAll('#parts tbody tr')].map(row =>"
+                " [...row.querySelectorAll('td.number')].map(cell => Number(cell.innerText)))"
+            )
+            assert parts
+            for hours, quantity, product in parts:
+                assert abs(hours * quantity - product) < 0.011 * max(1, quantity)
+            assert abs(sum(part[-1] for part in parts) - float(number)) < 0.01 * len(parts) + 0.01
+            # the message that is cited opens where the eye is, its body with it
+            cited = "document.querySelector('#parts a.cite')"
+            await tab.evaluate(f"{cited}.click()")
+            body = await tab.evaluate(
+                "document.querySelector(location.hash).closest('details[open]').innerText"
+            )
+            assert await tab.evaluate(f"{cited}.title.split(' ').pop()") in body
+            assert '"oslo.message"' in body
 
 
 async def test_a_resources_intervals_are_drawn_to_scale_and_its_events_lead_to_their_messages(

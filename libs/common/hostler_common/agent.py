@@ -67,9 +67,14 @@ class AgentContext:
         """
         return settings.load(settings_type)
 
-    def consume(self, queue: Queue, handler: Handler) -> None:
-        """Hand the deliveries of an exclusive queue to the handler."""
-        self.process.consume(self.bus, queue, handler, quarantine=None)
+    def consume(
+        self, queue: Queue, handler: Handler, *, on_begin: Callable[[], None] = lambda: None
+    ) -> None:
+        """Hand the deliveries of an exclusive queue to the handler.
+
+        `on_begin` is called whenever they begin to come: what was published before is lost.
+        """
+        self.process.consume(self.bus, queue, handler, quarantine=None, on_begin=on_begin)
 
     def every(self, seconds: float, turn: Callable[[], Awaitable[object]], *, name: str) -> None:
         """See `runtime.Process.every`."""

@@ -12,7 +12,8 @@ import hashlib
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -30,6 +31,7 @@ HOST_AGENT = "agent@"
 """How the name of an agent's token begins that is good for one host: `agent@<host>`."""
 JWKS_SECONDS = 300.0
 JWKS_TIMEOUT_SECONDS = 5.0
+_LAST_SECOND = 253_402_300_799  # of the calendar
 
 
 class Role(StrEnum):
@@ -51,11 +53,15 @@ _INCLUDES: dict[Role, frozenset[Role]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """An authenticated caller. ``projects`` is what it may see; None is everything."""
+    """An authenticated caller. ``projects`` is what it may see; None is everything.
+
+    ``expires_at`` is when the token that was shown ends by itself; None where it does not.
+    """
 
     name: str
     role: Role
     projects: frozenset[str] | None = None
+    expires_at: datetime | None = field(default=None, compare=False)
 
     @property
     def host(self) -> str | None:
@@ -232,6 +238,7 @@ class JwtVerifier:
                 name=str(claims["sub"]),
                 role=Role(str(claims.get("hostler_role"))),
                 projects=_projects(claims.get("hostler_projects", [])),
+                expires_at=datetime.fromtimestamp(min(int(claims["exp"]), _LAST_SECOND), UTC),
             )
         except (jwt.PyJWTError, ValueError, TypeError) as exc:
             raise errors.Unauthenticated(f"the token is not valid: {type(exc).__name__}") from exc

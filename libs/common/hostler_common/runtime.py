@@ -127,8 +127,9 @@ class Process:
         batch: Batch | None = None,
         prefetch: int = 32,
         concurrency: int = 8,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """Hand the queue's deliveries to the handler, from `run` on."""
+        """Hand the queue's deliveries to the handler, from `run` on; `on_begin` is told when they begin to come."""
         bus.consume(
             Subscription(
                 queue=queue,
@@ -137,6 +138,7 @@ class Process:
                 batch=batch,
                 prefetch=prefetch,
                 concurrency=concurrency,
+                on_begin=on_begin,
             )
         )
 

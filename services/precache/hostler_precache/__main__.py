@@ -14,10 +14,10 @@ from rich.table import Table
 
 from hostler_common import cli, client
 from hostler_precache.app import PACKAGE, http_app, serve
-from hostler_precache.distribution import estimate
 from hostler_precache.settings import Settings
 
 PORT = 8301
+PAGE = 1000
 POLL_SECONDS = 0.5
 IDLE_OVER_BUSY = 9
 BARS_SHOWN = 30  # of hosts: more fit on no screen
@@ -150,7 +150,7 @@ def status_command(
     async def run() -> None:
         async with cli.api(url, default_port=PORT) as api:
             if distribution_id is None:
-                answer = await api.get("/v1/distributions", limit=50)
+                answer = await _all(api, "distributions")
                 _print_list(answer["distributions"]) if not as_json else _print_json(answer)
             elif watch:
                 await _watch(api, distribution_id, as_json=as_json)
@@ -189,7 +189,7 @@ def hosts_command(url: cli.UrlOption = None, as_json: cli.JsonOption = False) ->
 
     async def run() -> None:
         async with cli.api(url, default_port=PORT) as api:
-            answer = await api.get("/v1/hosts", limit=1000)
+            answer = await _all(api, "hosts")
             if as_json:
                 _print_json(answer)
                 return
@@ -217,7 +217,7 @@ def policies_command(
         async with cli.api(url, default_port=PORT) as api:
             if run is not None:
                 await api.post(f"/v1/policies/{run}/run")
-            answer = await api.get("/v1/policies", limit=1000)
+            answer = await _all(api, "policies")
             if as_json:
                 _print_json(answer)
                 return
@@ -232,6 +232,18 @@ def policies_command(
             Console().print(table)
 
     asyncio.run(show())
+
+
+async def _all(api: client.Api, name: str) -> dict[str, Any]:
+    """The answer of a list as if all of it were one page."""
+    found: list[dict[str, Any]] = []
+    marker = None
+    while True:
+        page = await api.get(f"/v1/{name}", limit=PAGE, marker=marker)
+        found += page[name]
+        marker = page["next_marker"]
+        if marker is None:
+            return {name: found, "next_marker": None}
 
 
 # --- what was asked
@@ -363,15 +375,8 @@ async def _watch(api: client.Api, distribution_id: str, *, as_json: bool) -> Non
 
 def _pace(answer: dict[str, Any]) -> str:
     """How far from the bound it is, and when it will be over."""
-    found = answer["estimate"] or {}
-    return estimate.in_words(
-        paused_reason=answer["paused_reason"],
-        is_open=answer["is_open"],
-        over_bound=found.get("over_bound"),
-        limit=found.get("limit"),
-        slowest_host=found.get("slowest_host"),
-        remaining_seconds=found.get("remaining_seconds"),
-    )
+    left = f"{answer['left']} left" if answer["left"] else ""
+    return ", ".join(part for part in (answer["pace"], left) if part)
 
 
 def _print_json(document: object) -> None:
@@ -413,7 +418,8 @@ def _print_hosts(answer: dict[str, Any]) -> None:
     table = Table("host", "state", "verified", "from seed", "from peers", "sent", "reason")
     for host in answer["progress"]:
         table.add_row(
-            host["host"], host["state"], _mib(host["bytes_done"]),
+            host["host"], host["state"] if host["is_there"] else f"{host['state']}, not heard of",
+            _mib(host["bytes_done"]),
             _mib(host["received_from_seed_bytes"]), _mib(host["received_from_peers_bytes"]),
             _mib(host["sent_bytes"]), host["reason"] or "",
         )  # fmt: skip

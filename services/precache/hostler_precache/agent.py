@@ -31,7 +31,7 @@ from hostler_precache.placing.shelf_records import Record
 from hostler_precache.protocol import REASON_CHARACTERS, DesiredImage, HostState
 from hostler_precache.settings import AgentSettings
 from hostler_precache.swarming import swarm
-from hostler_precache.transfer import connections, manifest, pieces, sites, tls
+from hostler_precache.transfer import connections, manifest, network_card, pieces, sites, tls
 from hostler_precache.transfer.blobs import Blob, BlobServer
 from hostler_precache.transfer.download import Download, Received
 from hostler_precache.transfer.following import Following, GivenUp
@@ -140,6 +140,7 @@ class CacheAgent:
         *,
         host: str,
         url: str,
+        link_bytes_per_second: int | None,
         settings: AgentSettings,
         token: str | None,
         server: BlobServer,
@@ -149,6 +150,7 @@ class CacheAgent:
     ) -> None:
         self._host = host
         self._url = url
+        self._link_bytes_per_second = link_bytes_per_second
         self._settings = settings
         self._token = token
         self._server = server
@@ -174,7 +176,11 @@ class CacheAgent:
             raise Reject(str(exc), code="precache.call.malformed") from exc
         if call is not None:
             log.info("cache_called", image_id=call.image_id)
-            self._look_again.set()
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Ask precache now: what was called for before this host could hear it is not called again."""
+        self._look_again.set()
 
     def watched_by(self, host: str) -> None:
         """Another host follows our piece map: it serves its own by now.
@@ -202,7 +208,9 @@ class CacheAgent:
         context = self._secured.client if self._secured else None
         async with (
             client.open_api(url, token=self._token, timeout_seconds=10.0) as api,
-            connections.Connections(tls=context) as wire,
+            connections.Connections(
+                tls=context, link_bytes_per_second=self._link_bytes_per_second
+            ) as wire,
             asyncio.TaskGroup() as group,
         ):
             group.create_task(self._report_forever(api))
@@ -423,9 +431,18 @@ class CacheAgent:
         return listed, following
 
     def _has_room(self, work: _Work, listed: PieceList) -> bool:
-        """Whether the place of the image is free, and there is room for all of it; blocks."""
+        """Whether the place of the image is free, and there is room for all of it; blocks.
+
+        Raises:
+            pieces.PieceStoreError: the place cannot be used.
+        """
         held = self._shelf
-        if held.is_ours(work.placed) or held.target(work.placed).exists():
+        target = held.target(work.placed)
+        try:
+            is_taken = held.is_ours(work.placed) or target.exists()
+        except OSError as exc:
+            raise pieces.PieceStoreError(f"{target}: {exc.strerror}") from exc
+        if is_taken:
             return False
         try:
             held.make_room(work.placed, listed)
@@ -619,7 +636,7 @@ class CacheAgent:
             session_id=self._session_id,
             sequence=next(self._sequence),
             free_bytes=await asyncio.to_thread(_free_bytes, self._shelf.directory),
-            link_bytes_per_second=settings.link_bytes_per_second,
+            link_bytes_per_second=self._link_bytes_per_second,
             labels=dict(settings.labels),
             blobs=[work.report() for work in works[:MAX_REPORTED]],
         )
@@ -713,9 +730,14 @@ async def create(context: AgentContext) -> None:
         on_sent=metrics.sent_bytes.inc,
         on_watcher=lambda host: agent.watched_by(host),
     )
+    url = settings.advertise_url or _own_url(context, settings, secured)
+    link = settings.link_bytes_per_second
+    if link is None:
+        link = await asyncio.to_thread(network_card.bytes_per_second, url)
     agent = CacheAgent(
         host=context.host,
-        url=settings.advertise_url or _own_url(context, settings, secured),
+        url=url,
+        link_bytes_per_second=link,
         settings=settings,
         token=common_settings.read_token(settings),
         server=server,
@@ -739,5 +761,6 @@ async def create(context: AgentContext) -> None:
     context.consume(
         messages.agent_queue(context.host, durable=settings.transient_quorum_queue),
         agent.on_cache,
+        on_begin=agent.look_again,
     )
     context.spawn(agent.run(), name="precache")

@@ -16,7 +16,9 @@ from hostler_common.settings import SettingsError
 from hostler_precache import api, messages, pages
 from hostler_precache.distribution import distributions_api, history_jobs, policies_api
 from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.efficiency import Efficiency
 from hostler_precache.distribution.history_store import HistoryStore
+from hostler_precache.distribution.looks import Looks
 from hostler_precache.distribution.policy_store import PolicyStore
 from hostler_precache.distribution.rollout_jobs import Rollouts
 from hostler_precache.jobs import FORGET_SECONDS, Pipeline
@@ -79,7 +81,12 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         store, distributions = Store(pool), DistributionStore(pool)
         swarms, policies = SwarmStore(pool), PolicyStore(pool)
         tracker = Tracker(swarms, member_seconds=settings.member_seconds)
-        reports = Reports(store, distributions, swarms)
+        efficiency = Efficiency(
+            distributions,
+            seed_bytes_per_second=settings.link_bytes_per_second,
+            over_bound=metrics.over_bound,
+        )
+        reports = Reports(store, distributions, swarms, on_done=efficiency.done)
         desires = Desires(swarms)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         surroundings = cloud.surroundings(settings, session)
@@ -142,6 +149,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         process.every(60.0, pipeline.retire, name="retire")
         process.every(0.5, pipeline.tell_sent, name="tell_sent")
         process.every(10.0, pipeline.count, name="count")
+        process.every(10.0, efficiency.turn, name="efficiency")
         history = history_jobs.History(
             HistoryStore(pool),
             store=store,
@@ -154,6 +162,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         state = {
             "store": store,
             "distributions": distributions,
+            "looks": Looks(distributions, seed_bytes_per_second=settings.link_bytes_per_second),
             "swarms": swarms,
             "policies": policies,
             "tracker": tracker,

@@ -8,15 +8,17 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from hostler_common import db, errors, idempotency, logs
 from hostler_precache import messages
+from hostler_precache.distribution import endings
 from hostler_precache.distribution.distribution_store import DistributionStore
 from hostler_precache.distribution.distributions import (
     BlobRecord,
     BlobState,
+    DistributionId,
     DistributionState,
     FetchTask,
     Growth,
@@ -28,7 +30,9 @@ from hostler_precache.distribution.rollout import Rollout, Targets
 from hostler_precache.images import Image
 from hostler_precache.metrics import Metrics
 from hostler_precache.settings import Settings
-from hostler_precache.sources.fetch import Arriving, Fetched, FetchProgress, fetch
+from hostler_precache.sources import fetch as fetching
+from hostler_precache.sources.arrival import Arriving
+from hostler_precache.sources.fetch import Fetched, FetchProgress, fetch
 from hostler_precache.sources.plugins import Plugins, SourceError, UnknownPluginError
 from hostler_precache.store import ImageDiffers, ImageNotFound, Store
 from hostler_precache.swarming import tokens, tracker
@@ -89,6 +93,8 @@ class Pipeline:
         self._plugins = plugins
         self._metrics = metrics
         self._fetching: set[BlobId] = set()
+        # interrupted here, to be gone on with, unless another replica is faster
+        self._interrupted: set[BlobId] = set()
 
     async def fetch_forever(self) -> None:
         """Serve what is on the disk, then fetch what somebody waits for, until cancelled."""
@@ -155,6 +161,15 @@ class Pipeline:
         for blob_id in await self._store.retire_blobs(self._seed.name, idle_seconds=idle_seconds):
             self._seed.withdraw(blob_id)
             log.info("blob_retired", blob_id=blob_id)
+        if self._interrupted:
+            mine = await self._store.fetches_of(self._seed.name)
+            for blob_id in self._interrupted - self._fetching - mine:
+                self._give_up(blob_id)
+
+    def _give_up(self, blob_id: BlobId) -> None:
+        """What was left of an interrupted fetch is gone."""
+        self._interrupted.discard(blob_id)
+        fetching.discard(self._seed.path(blob_id))
 
     # --- list
 
@@ -175,7 +190,13 @@ class Pipeline:
         for blob_id in moved:
             self._tracker.forget(blob_id)
         new, refused = 0, []
+        first: dict[str, Image] = {}
         for image in listed:
+            if first.setdefault(image.image_id, image) != image:
+                refused.append(
+                    f"{image.image_id}: is listed twice, and differently: the first is taken"
+                )
+                continue
             try:
                 async with db.transaction(self._store.pool) as connection:
                     # removed meanwhile, or run by another replica too: each image goes out once
@@ -208,15 +229,7 @@ class Pipeline:
         )
         if state is DistributionState.DISTRIBUTING:  # its bytes are here already
             blob = await self._store.served_blob(connection, image.image_id)
-            await self._store.announce(
-                connection,
-                tracker.announcements(
-                    blob,
-                    [distribution_id],
-                    public_url=self._settings.public_url,
-                    token_seconds=self._settings.token_seconds,
-                ),
-            )
+            await self._announce(connection, blob, [distribution_id])
 
     # --- fetch
 
@@ -226,7 +239,12 @@ class Pipeline:
         for record in await self._store.seed_blobs(self._seed.name):
             body = await self._store.manifest(uuid.UUID(record.blob_id))
             if not await self._seed.resume(record, body):
-                await self._store.blob_lost(record.blob_id, reason="seed.damaged")
+                again = await self._store.blob_lost(
+                    record.blob_id,
+                    reason="seed.damaged",
+                    silent_seconds=self._settings.seed_silent_seconds,
+                )
+                log.warning("blob_is_lost", blob_id=record.blob_id, is_fetched_again=again)
                 self._seed.withdraw(record.blob_id)
 
     async def _claim(self) -> FetchTask | None:
@@ -263,6 +281,7 @@ class Pipeline:
                     reserve_bytes=self._settings.reserve_bytes,
                     convert_to_raw=self._settings.convert_to_raw,
                     progress=progress,
+                    told=task.told.digests if task.told is not None else b"",
                 )
                 _require_extends(task.told, fetched.manifest)
                 for one in beside:
@@ -273,13 +292,15 @@ class Pipeline:
             await self._failed(task, _first(failures))
         if fetched is None:
             return
-        self._metrics.fetched_bytes.inc(fetched.manifest.size_bytes)
+        self._interrupted.discard(task.blob_id)
+        self._metrics.fetched_bytes.inc(fetched.received_bytes)
         self._metrics.fetches.labels("ok").inc()
         log.info(
             "fetch_finished",
             image_id=task.image.image_id,
             size_bytes=fetched.manifest.size_bytes,
             verification=fetched.verification.value,
+            left_bytes=fetched.left_bytes,
             seconds=round(time.monotonic() - started, 2),
         )
         await self._serve(task, fetched)
@@ -352,13 +373,7 @@ class Pipeline:
                 if grown is None:
                     raise SourceError("fetch.taken_over", "another replica has taken it over")
                 blob, begun = grown
-                casts = tracker.announcements(
-                    blob,
-                    begun,
-                    public_url=self._settings.public_url,
-                    token_seconds=self._settings.token_seconds,
-                )
-                await self._store.announce(connection, casts)
+                await self._announce(connection, blob, begun)
         except errors.Unavailable:
             return False
         if not first_piece:
@@ -387,6 +402,10 @@ class Pipeline:
             retry_seconds=retry,
         )  # fmt: skip
         detail = _storable(f"{reason}: {exc}")
+        if retry is None:
+            self._give_up(task.blob_id)
+        else:
+            self._interrupted.add(task.blob_id)
         if isinstance(exc, _OtherBytes) and task.attempts < self._settings.fetch_attempts:
             # as another blob: what hosts have of this one must never mix with what comes now
             await self._patiently(
@@ -458,18 +477,26 @@ class Pipeline:
                         ),
                         app_id=messages.APP_ID,
                     )
-                    casts = tracker.announcements(
-                        record,
-                        ready,
-                        public_url=self._settings.public_url,
-                        token_seconds=self._settings.token_seconds,
-                    )
-                    await self._store.announce(connection, [event, *casts])
+                    await self._store.announce(connection, [event])
+                    await self._announce(connection, record, ready)
             return ready is not None
 
         if not await self._patiently(finish):
             log.warning("fetch_taken_over", image_id=task.image.image_id)
             self._seed.withdraw(task.blob_id)
+
+    async def _announce(
+        self, connection: db.Connection, blob: BlobRecord, begun: Sequence[DistributionId]
+    ) -> None:
+        """Hosts and whoever listens are told that these distributions of the blob have begun."""
+        casts = tracker.announcements(
+            blob,
+            begun,
+            public_url=self._settings.public_url,
+            token_seconds=self._settings.token_seconds,
+        )
+        said = await endings.beginnings_of(connection, self._distributions, begun)
+        await self._store.announce(connection, [*casts, *said])
 
     async def _patiently(self, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """The work's result, however long the database is away."""

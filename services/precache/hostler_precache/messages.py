@@ -104,6 +104,39 @@ class DistributionLate(_Event):
     hosts: dict[str, int] = Field(description="how many hosts are in which state")
 
 
+class AggregateData(_Event):
+    """The data of Nova's AggregatePayload 1.1."""
+
+    id: int = Field(0, description="of an aggregate; a distribution has none")
+    uuid: str = Field(description="the distribution")
+    name: str = Field(description="the image")
+    hosts: list[str]
+    metadata: dict[str, str] = {}
+
+
+class AggregatePayload(_Event):
+    """Nova's AggregatePayload 1.1."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    name: str = Field("AggregatePayload", alias="nova_object.name")
+    namespace: str = Field("nova", alias="nova_object.namespace")
+    version: str = Field("1.1", alias="nova_object.version")
+    data: AggregateData = Field(alias="nova_object.data")
+
+
+class AggregateCacheImages(_Event):
+    """Hosts begin to get an image, or all of them have ended, in the shape of Nova's versioned notification.
+
+    Source: nova, doc/notification_samples/aggregate-cache_images-start.json, and -end.json.
+    """
+
+    priority: str = "INFO"
+    event_type: str = Field(description="aggregate.cache_images.start, or .end")
+    publisher_id: str = "precache"
+    payload: AggregatePayload
+
+
 class AggregateCacheData(_Event):
     """The data of Nova's AggregateCachePayload 1.0."""
 
@@ -165,6 +198,16 @@ DISTRIBUTION_LATE = EventType(
     model=DistributionLate,
     summary="A deadline has passed and too few hosts have the image.",
 )
+CACHE_START = EventType(
+    routing_key="aggregate.cache_images.start",
+    model=AggregateCacheImages,
+    summary="An image begins to reach its hosts, in the shape of Nova's notification of that name.",
+)
+CACHE_END = EventType(
+    routing_key="aggregate.cache_images.end",
+    model=AggregateCacheImages,
+    summary="Every host has ended, in the shape of Nova's notification of that name.",
+)
 CACHE_PROGRESS = EventType(
     routing_key="aggregate.cache_images.progress",
     model=AggregateCacheProgress,
@@ -178,7 +221,9 @@ TOPOLOGY = Topology(
         DISTRIBUTION_FINISHED,
         DISTRIBUTION_PAUSED,
         DISTRIBUTION_LATE,
+        CACHE_START,
         CACHE_PROGRESS,
+        CACHE_END,
     )
 )
 

@@ -1,6 +1,6 @@
 """Every Prometheus object of the service and of its part of the agent."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class Metrics:
@@ -28,6 +28,12 @@ class Metrics:
         self.distributions = Gauge(
             "precache_distributions", "Distributions, by state.", ["state"], registry=registry
         )
+        self.over_bound = Histogram(
+            "precache_distribution_over_bound",
+            "Of distributions that are done: their time over the bound of their network.",
+            buckets=(1.02, 1.05, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2, 3, 5, 10),
+            registry=registry,
+        )
         self.policy_runs = Counter(
             "precache_policy_runs", "Runs of policies, by outcome.", ["outcome"], registry=registry
         )
@@ -39,7 +45,7 @@ class AgentMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.received_bytes = Counter(
             "precache_agent_received_bytes",
-            "Bytes of pieces received, by source (seed, peer, wasted).",
+            "Bytes of pieces received, by source (seed, rack, outside, wasted).",
             ["source"],
             registry=registry,
         )

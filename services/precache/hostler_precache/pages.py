@@ -33,6 +33,7 @@ async def overview(
         distributions=await records.distributions(limit=ROWS_SHOWN),
         hosts=await swarms.hosts(limit=ROWS_SHOWN),
         policies=await policies.policies(limit=ROWS_SHOWN),
+        rows_shown=ROWS_SHOWN,
     )
 
 
@@ -46,28 +47,22 @@ async def distribution(
     """One distribution, host by host, kept current by its events."""
     record = await records.distribution(distribution_id)
     hosts = await records.progress(distribution_id)
-    # of thousands of hosts this takes long, and others are to be answered meanwhile
-    found = await asyncio.to_thread(
-        estimate.estimate,
+    # in parts, not in a thread: one that computes takes the loop's turn at each of its system calls
+    found = estimate.estimate(
         record,
         hosts,
         seed_bytes_per_second=settings.link_bytes_per_second,
         now=datetime.now(UTC),
     )
-    urgent = await asyncio.to_thread(heapq.nsmallest, HOSTS_SHOWN, hosts, key=_urgency)
+    await asyncio.sleep(0)
+    urgent = heapq.nsmallest(HOSTS_SHOWN, hosts, key=_urgency)
+    await asyncio.sleep(0)
     return pages.render(
         request,
         "distribution.html",
         distribution=record,
-        estimate=found,
-        pace=estimate.in_words(
-            paused_reason=record.paused_reason,
-            is_open=record.is_open,
-            over_bound=found.over_bound if found else None,
-            limit=found.limit if found else None,
-            slowest_host=found.slowest_host if found else None,
-        )
-        or "-",
+        pace=estimate.pace_in_words(record, found),
+        left=estimate.left_in_words(found),
         hosts=urgent,
         host_count=len(hosts),
         rows_shown=HOSTS_SHOWN,

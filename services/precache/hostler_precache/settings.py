@@ -196,7 +196,9 @@ class AgentSettings(settings.ProcessSettings):
         default={}, description="rack=r7,zone=a: hosts of a rack fetch from each other first"
     )
     link_bytes_per_second: int | None = Field(
-        None, ge=1, description="what this host's network card can do"
+        None,
+        ge=1,
+        description="what this host's network card can do; as its driver says, unless set",
     )
     peer_certificate_file: Path | None = Field(
         None, description="this peer's certificate: with key and CA, pieces travel over TLS"

@@ -4,6 +4,7 @@ Each function is one transaction unless it takes a connection; events and fanout
 the outbox inside it. Times are the database's.
 """
 
+import asyncio
 import uuid
 from collections.abc import Collection, Sequence
 from typing import Final
@@ -27,6 +28,13 @@ from hostler_precache.transfer import manifest as manifests
 from hostler_precache.transfer.manifest import BlobId, ImageId, Manifest
 
 MAX_BIGINT: Final = 2**63 - 1
+# Whether a host that was heard of in the last $2 seconds has the whole of `blob`.
+HELD: Final = (
+    "EXISTS (SELECT 1 FROM distribution d JOIN distribution_host h USING (distribution_id)"
+    "   JOIN host ON host.host = h.host WHERE d.blob_id = blob.blob_id"
+    "     AND d.state IN ('distributing', 'done') AND h.state IN ('cached', 'existing')"
+    "     AND host.seen_at > now() - make_interval(secs => $2))"
+)
 
 
 class ImageNotFound(errors.NotFound):
@@ -283,7 +291,8 @@ class Store:
             )
         if body is None:
             raise BlobNotFound(f"no pieces of blob {blob_id} are told")
-        listed = manifests.parse(bytes(body))
+        # in a thread: of terabytes it has megabytes
+        listed = await asyncio.to_thread(manifests.parse, bytes(body))
         return Growth(
             size_bytes=listed.size_bytes,
             piece_bytes=listed.piece_bytes,
@@ -454,6 +463,14 @@ class Store:
             )  # fmt: skip
             await outbox.add(connection, messages)
 
+    async def fetches_of(self, seed: str) -> set[BlobId]:
+        """What this seed is fetching, or is to try again unless another one does."""
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT blob_id FROM blob WHERE seed = $1 AND state = 'fetching'", seed
+            )
+        return {BlobId(str(row["blob_id"])) for row in rows}
+
     async def seed_blobs(self, seed: str) -> list[BlobRecord]:
         """The complete blobs that this seed has on its disk."""
         async with db.connection(self._pool) as connection:
@@ -467,7 +484,9 @@ class Store:
         """The seed is reached at this URL, and what it was fetching when it died may be claimed."""
         async with db.transaction(self._pool) as connection:
             await connection.execute(
-                "UPDATE blob SET seed_url = $2 WHERE seed = $1 AND seed_url <> $2", seed, seed_url
+                "UPDATE blob SET seed_url = $2 WHERE seed = $1 AND seed_url IS DISTINCT FROM $2",
+                seed,
+                seed_url,
             )
             await connection.execute(
                 "UPDATE blob SET lease_until = now() WHERE seed = $1 AND state = 'fetching'"
@@ -517,15 +536,33 @@ class Store:
             )
         return [BlobId(str(row["blob_id"])) for row in rows]
 
-    async def blob_lost(self, blob_id: BlobId, *, reason: str) -> None:
-        """The seed's copy is gone or damaged: the blob is fetched again for whoever waits for it."""
+    async def blob_lost(self, blob_id: BlobId, *, reason: str, silent_seconds: float) -> bool:
+        """The seed's copy is gone or damaged: whoever waits for it gets it from hosts, or it is fetched again.
+
+        Args:
+            blob_id: of a complete one.
+            reason: why it is fetched again.
+            silent_seconds: who was not heard of for so long has nothing.
+
+        Returns:
+            Whether it is fetched again, since no host has it.
+        """
         async with db.transaction(self._pool) as connection:
+            held = await connection.fetchval(
+                "UPDATE blob SET seed_url = NULL WHERE blob_id = $1 AND state = 'ready'"  # noqa: S608  the clause is ours
+                f"  AND {HELD} RETURNING true",
+                UUID(blob_id),
+                silent_seconds,
+            )
+            if held:
+                return False
             await connection.execute(
                 "UPDATE blob SET state = 'error', reason = $2 WHERE blob_id = $1",
                 UUID(blob_id),
                 reason,
             )
             await self._recall(connection, blob_id)
+        return True
 
     async def manifest(self, blob_id: UUID) -> bytes:
         """The manifest of a complete blob.

@@ -11,8 +11,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,11 @@ import aiohttp
 from aiohttp import web
 
 from hostler_common import servers, testing
+from hostler_precache.placing.placement import Wanted
+from hostler_precache.placing.shelf import Shelf
+from hostler_precache.transfer import manifest
+from hostler_precache.transfer.manifest import Manifest
+from hostler_precache.transfer.pieces import PieceStore
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -27,6 +32,28 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def image_of(size: int, seed: int = 1) -> bytes:
     """Bytes that do not compress, the same each time."""
     return random.Random(seed).randbytes(size)  # noqa: S311  content, not a secret
+
+
+def described(data: bytes) -> Manifest:
+    """The manifest of these bytes, in the smallest pieces that there are."""
+    hasher = manifest.Hasher(manifest.MIN_PIECE_BYTES)
+    hasher.update(data)
+    return hasher.finish()
+
+
+@contextmanager
+def transferred(shelf: Shelf, wanted: Wanted, data: bytes) -> Iterator[PieceStore]:
+    """All pieces of the image are on the host, with the swarm left out, and nothing is placed."""
+    listed = described(data)
+    shelf.make_room(wanted, listed)
+    store = PieceStore.open(shelf.directory, wanted.blob_id, listed)
+    try:
+        for piece, span in manifest.spans(listed):
+            store.write(piece, data[span.start : span.stop])
+        store.flush()
+        yield store
+    finally:
+        store.close()
 
 
 @asynccontextmanager
@@ -49,11 +76,14 @@ class Source:
     """An HTTP server of image bytes. What it serves, and how, may be changed while it runs.
 
     It may break off after so many bytes, or pause there until it is told to go on, or send no faster.
+    With ranges it sends what is asked for from a byte on.
     """
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    has_ranges: bool = False
+    ranges: list[str] = field(default_factory=list)
     break_after: int | None = None
     hold: asyncio.Event | None = None
     pause_after: int | None = None
@@ -74,6 +104,13 @@ class Source:
             return web.Response(status=404)
         body = self.files[name]
         response = web.StreamResponse()
+        asked = request.headers.get("Range")
+        if self.has_ranges and asked is not None:
+            self.ranges.append(asked)
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            response = web.StreamResponse(status=206)
+            response.headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            body = body[start:]
         response.content_length = len(body)
         await response.prepare(request)
         if self.pause_after is not None:

@@ -115,7 +115,7 @@ async def start_agent(
                     patched.setenv(f"HOSTLER_PRECACHE_{name.upper()}", str(value))
                 loaded = settings.load(
                     agent_process.AgentSettings,
-                    amqp_url=amqp_url,
+                    amqp_url=values["amqp_url"],
                     auth_mode="none",
                     http_port=servers.free_port(),
                     host=host,

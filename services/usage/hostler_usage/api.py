@@ -4,16 +4,19 @@ A caller that is bound to projects sees those alone, by a condition in the SQL, 
 notifications carry the whole context of whoever acted.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any
 
 import asyncpg
+import orjson
 from fastapi import APIRouter, Query, Response
 from pydantic import AwareDatetime, BaseModel, Field
 
 from hostler_common import auth, errors, http
-from hostler_usage.history.measures import hours
+from hostler_usage.history.measures import shown_hours
 from hostler_usage.history.report_store import (
     EventFilter,
     Group,
@@ -172,7 +175,7 @@ async def download_event(event: PathName, reports: ReportsDep, caller: auth.Call
     return Response(row["body"], media_type="application/octet-stream", headers=headers)
 
 
-@router.get("/usage", operation_id="show_usage", tags=["usage"])
+@router.get("/usage", operation_id="show_usage", tags=["usage"], response_model=Usage)
 async def show_usage(
     reports: ReportsDep,
     caller: auth.Caller,
@@ -189,9 +192,9 @@ async def show_usage(
     ] = None,
     time_zone: Annotated[str, Query(max_length=64, description="of hours, days, months")] = "UTC",
     resource_id: Name = None,
-    limit: Limit = 1000,
+    limit: Annotated[int, Query(ge=1, le=20_000)] = 1000,
     marker: Marker = None,
-) -> Usage:
+) -> Response:
     """What was used in a window: exact amounts, and hours for showing."""
     asked = window(start, end)
     groups = names(group_by)
@@ -205,15 +208,16 @@ async def show_usage(
         marker=marker,
         time_zone=time_zone,
     )
-    return Usage(
+    head = Usage(
         start=asked.start,
         end=asked.end,
         as_of=asked.as_of,
         group_by=groups,
-        usage=[_usage(row, reports.mapping) for row in rows],
+        usage=[],
         next_marker=next_marker,
         unfolded_resources=unfolded,
     )
+    return Response(usage_document(head, rows, reports.mapping), media_type="application/json")
 
 
 @router.get(
@@ -255,15 +259,29 @@ def _event(row: asyncpg.Record) -> EventItem:
     )
 
 
-def _usage(row: UsageRow, mapping: Mapping) -> UsageItem:
-    held = {item.name for item in mapping.measures if item.is_held}
-    return UsageItem(
-        group=dict(row.group),
-        resources=row.resources,
-        hours={name: float(hours(n)) for name, n in row.amounts.items() if name in held},
-        unit_microseconds={name: n for name, n in row.amounts.items() if name in held},
-        amounts={name: n for name, n in row.amounts.items() if name not in held},
-    )
+def usage_document(head: Usage, rows: Sequence[UsageRow], mapping: Mapping) -> bytes:
+    """The answer as JSON. There may be many rows: a model of each would take longer than all else."""
+    held = frozenset(item.name for item in mapping.measures if item.is_held)
+    document = head.model_dump(mode="json") | {"usage": [_usage(row, held) for row in rows]}
+    try:
+        return orjson.dumps(document)
+    except TypeError:  # a number of more than 64 bits, which orjson does not write
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _usage(row: UsageRow, held: frozenset[str]) -> dict[str, object]:
+    """A `UsageItem` as it is in JSON."""
+    unit_microseconds, moved = row.amounts, {}
+    if not held.issuperset(row.amounts):
+        unit_microseconds = {name: n for name, n in row.amounts.items() if name in held}
+        moved = {name: n for name, n in row.amounts.items() if name not in held}
+    return {
+        "group": row.group,
+        "resources": row.resources,
+        "hours": shown_hours(unit_microseconds),
+        "unit_microseconds": unit_microseconds,
+        "amounts": moved,
+    }
 
 
 def _interval(row: asyncpg.Record) -> IntervalItem:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import resources
 from typing import Annotated, Any, Final
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import HTMLResponse
@@ -39,7 +40,7 @@ _PARTS: Final = (
     ("/budgets", "/budgets", "budgets"),
     ("/periods", "/periods", "periods"),
     ("/idle", "/idle", "idle resources"),
-    ("/v1/price-books", "/v1/price-books", "price books"),
+    ("/price-books", "/price-books", "price books"),
     ("/feeds/all.atom", "/feeds/all.atom", "feed"),
 )
 
@@ -121,6 +122,7 @@ def render(request: Request, template: str, **context: Any) -> HTMLResponse:  # 
         static=_ADDRESSES,
         parts=[(href, name) for path, href, name in _PARTS if path in paths],
         spelled=spelled,
+        explained=explained,
         query=request.query_params,
         other_page=lambda **changed: _address(request, changed),
         **context,
@@ -144,6 +146,17 @@ def shown_month(name: str | None, now: datetime) -> Shown:
 def spelled(name: str) -> str:
     """A name of the API's as words."""
     return " ".join(_ACRONYMS.get(word, word) for word in name.split("_"))
+
+
+def explained(measure: str, window: Window, group: Mapping[str, str | None]) -> str:
+    """Where a number of usage is explained: a measure in a window, of a group."""
+    moments = {"start": window.start, "end": window.end, "as_of": window.as_of}
+    question = {
+        "measure": measure,
+        **{name: at.isoformat().replace("+00:00", "Z") for name, at in moments.items()},
+        **{name: value or "" for name, value in group.items()},
+    }
+    return f"/explain?{urlencode(question, safe=':')}"
 
 
 def route_paths(request: Request) -> frozenset[str]:

@@ -6,6 +6,7 @@ API. All times are UTC. Tables hold the truth; what is drawn is drawn from them.
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping as SomeOf
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -17,10 +18,18 @@ import asyncpg
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse
 
-from hostler_common import auth, errors, http, quarantine
-from hostler_usage import check_pages, idle_pages, money_pages, page_frame
+from hostler_common import auth, http, quarantine
+from hostler_usage import (
+    check_pages,
+    explain_pages,
+    idle_pages,
+    money_pages,
+    page_frame,
+    price_pages,
+)
 from hostler_usage.auditing.audit_report_store import AuditFilter, AuditGroup, AuditReportStore
 from hostler_usage.charts import Chart, Moment, Span, Timeline, days_between, stack, timeline
+from hostler_usage.explaining.explain_store import MeasureUnknown
 from hostler_usage.history.measures import Window, hours
 from hostler_usage.history.report_store import EventFilter, ReportStore, UsageFilter, UsageRow
 from hostler_usage.page_frame import (
@@ -39,6 +48,7 @@ from hostler_usage.reading.event import event_id
 from hostler_usage.reading.mapping import Mapping, Measure
 from hostler_usage.reading.statement import ResourceKey, ResourceType
 from hostler_usage.reading.times import PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
+from hostler_usage.windows import WindowInvalid
 
 PROJECTS_SUMMED: Final = 10_000
 TOP_SHOWN: Final = 20
@@ -53,41 +63,37 @@ router = APIRouter(include_in_schema=False)
 router.include_router(page_frame.router)
 router.include_router(check_pages.router)
 router.include_router(money_pages.router)
+router.include_router(price_pages.router)
+router.include_router(explain_pages.router)
 router.include_router(idle_pages.router)
 
 ReportsDep = Annotated[ReportStore, http.state("reports")]
 AuditReportsDep = Annotated[AuditReportStore, http.state("audit_reports")]
 OperationsDep = Annotated[OperationStore, http.state("operations")]
 PathName = Annotated[str, Path(max_length=255, pattern=r"^[^\x00]*$")]
+Groups = SomeOf[str, str | None]
 READER: Any = auth.require(auth.Role.READER)
-
-
-class MeasureUnknown(errors.Invalid):
-    """There is no such measure."""
-
-    code = "usage.measure.unknown"
-
-
-class WindowInvalid(errors.Invalid):
-    """The window ends before it begins."""
-
-    code = "usage.window.invalid"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A line of a table of usage: what it is of, and its amounts as they are shown."""
+    """A line of a table of usage: what it is of, and its amounts as they are shown.
+
+    `group` are the values that tell its usage from all other.
+    """
 
     name: str | None
+    group: Groups
     resources: int | None
     amounts: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table of usage."""
+    """A table of usage in a window."""
 
     title: str
+    window: Window
     measures: tuple[Measure, ...]
     rows: tuple[Row, ...]
 
@@ -122,10 +128,10 @@ async def overview(
         chosen=chosen,
         chart=await _by_project(reports, caller, shown, chosen, found) if chosen else None,
         tables=[
-            _table(reports.mapping, title, rows, "project", chosen)
-            for title, rows in (
-                (f"Projects in {shown.name}", found),
-                ("Projects in the last 24 hours", recent),
+            _table(reports.mapping, title, window, rows, "project", chosen)
+            for title, window, rows in (
+                (f"Projects in {shown.name}", shown.window, found),
+                ("Projects in the last 24 hours", last_day, recent),
             )
         ],
         is_cut=len(found) == PROJECTS_SUMMED,
@@ -157,7 +163,9 @@ async def projects(
         request,
         "projects.html",
         shown=shown,
-        table=_table(reports.mapping, f"Projects in {shown.name}", found, "project", None),
+        table=_table(
+            reports.mapping, f"Projects in {shown.name}", shown.window, found, "project", None
+        ),
         next_marker=next_marker,
     )
 
@@ -212,7 +220,15 @@ async def project(
         totals=[(item, _amount(item, sum(_exact(item, row) for row in by_day))) for item in used],
         chart=_by_day(chosen, shown.window, by_day) if chosen else None,
         tables=[
-            _table(reports.mapping, name or "unknown", list(rows), "resource", None)
+            _table(
+                reports.mapping,
+                name or "unknown",
+                shown.window,
+                list(rows),
+                "resource",
+                None,
+                within={"project": project_id},
+            )
             for name, rows in groupby(by_resource, key=lambda row: row.group["type"])
         ],
         next_marker=next_marker,
@@ -305,9 +321,19 @@ def _chosen(mapping: Mapping, name: str | None, rows: Sequence[UsageRow]) -> Mea
 
 
 def _table(
-    mapping: Mapping, title: str, rows: Sequence[UsageRow], of: str, chosen: Measure | None
+    mapping: Mapping,
+    title: str,
+    window: Window,
+    rows: Sequence[UsageRow],
+    of: str,
+    chosen: Measure | None,
+    *,
+    within: Groups | None = None,
 ) -> Table:
-    """What is held, as a table; the largest first, where a measure is chosen."""
+    """What is held, as a table; the largest first, where a measure is chosen.
+
+    `within` are groups that all of its rows are of, beside their own.
+    """
     if chosen is not None:
         rows = sorted(rows, key=lambda row: -_exact(chosen, row))[:TOP_SHOWN]
     used = _used(mapping, rows)
@@ -315,10 +341,12 @@ def _table(
     measures = [item for item in used if item.is_held or item == chosen or of == "resource"]
     return Table(
         title=title,
+        window=window,
         measures=tuple(measures),
         rows=tuple(
             Row(
                 name=row.group[of],
+                group={**(within or {}), **row.group},
                 resources=row.resources,
                 amounts=tuple(_amount(item, _exact(item, row)) for item in measures),
             )

@@ -25,6 +25,9 @@ import nova.privsep  # type: ignore[import-not-found]  # noqa: E402
 from nova import config, context, objects, utils  # noqa: E402
 from nova.db.main import api as database  # type: ignore[import-not-found]  # noqa: E402
 from nova.db.main import models  # noqa: E402
+from nova.notifications.objects import (  # type: ignore[import-not-found]  # noqa: E402
+    aggregate as notifications,
+)
 from nova.virt.libvirt import (  # type: ignore[import-not-found]  # noqa: E402
     driver,
     imagebackend,
@@ -80,6 +83,16 @@ class Host:
         """`os-aggregates/{id}/images` on this host: whether Nova fetched anything."""
         fetched: bool = driver.LibvirtDriver.cache_image(None, self.context, image_id)
         return fetched
+
+    def notifications(self, *, uuid: str, name: str, hosts: list[str]) -> dict[str, Any]:
+        """What `aggregate.cache_images.start` and `.progress` carry, of an aggregate and its first host."""
+        aggregate = objects.Aggregate(id=0, uuid=uuid, name=name, hosts=hosts, metadata={})
+        start = notifications.AggregatePayload(aggregate)
+        progress = notifications.AggregateCachePayload(aggregate, hosts[0], 1, len(hosts))
+        progress.images_cached, progress.images_failed = [name], []
+        for payload in (start, progress):
+            payload.obj_reset_changes(recursive=True)  # as Nova does before it sends
+        return {"start": start.obj_to_primitive(), "progress": progress.obj_to_primitive()}
 
     def clean(self) -> list[str]:
         """A pass of the cache manager; returns what is left in the cache."""

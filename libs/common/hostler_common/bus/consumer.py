@@ -174,6 +174,7 @@ class Consumer:
             ) from exc
         assert consuming.consumer_tag is not None
         self._session = (underlay, consuming.consumer_tag)
+        self._subscription.on_begin()
 
     def _receive(self, channel: aiormq.abc.AbstractChannel, incoming: Incoming) -> None:
         delivery = delivered(self.queue.name, incoming)

@@ -5,10 +5,14 @@ UTF-8), and with it the whole connection. The message would come again on the ne
 publisher could stop a queue for good. The broker does not look at these values, so we take what is readable of them.
 The body is bytes and is not touched.
 
+Anybody who may publish fills a frame with what he likes, so reading one takes no longer than it is long, and a bounded
+number of values is read: nothing else runs meanwhile.
+
 What was read is written again, on the retry ladder and on replay. So tables are read no deeper than everything that
 keeps them can go, and numbers are written as they were read: pamqp writes a float in half the bytes it came in.
 """
 
+import struct
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,10 +22,13 @@ from pamqp import decode, encode
 MAX_DEPTH: Final = 32
 """How deep tables and arrays may be in each other; JSON readers and writers have limits of 254 and more."""
 
+MAX_VALUES: Final = 4096
+"""How many values a header table may have, with those of the tables and arrays in it."""
+
 UNDECODABLE = "x-undecodable"
 """The one key of a header table that stands for a table nobody can read; its value is the table's bytes."""
 
-_strict_table = decode.field_table
+_LENGTH: Final = struct.Struct(">I")
 _value = encode.encode_table_value
 _LEAST: Final = -(2**63)
 
@@ -44,32 +51,122 @@ def timestamp(value: bytes) -> tuple[int, datetime | None]:
 
 
 def table(value: bytes) -> tuple[int, dict[str, Any]]:
-    """The header table, or its bytes under `UNDECODABLE`."""
-    size, found = _inner_table(value)
-    return (size, found) if _is_flat(found) else _undecodable(value)
-
-
-def _inner_table(value: bytes) -> tuple[int, dict[str, Any]]:
+    """The header table, or its bytes under `UNDECODABLE`: where it cannot be read, or is more than is meant."""
     try:
-        return _strict_table(value)
-    except (ValueError, KeyError, IndexError, RecursionError):
-        return _undecodable(value)
+        return _Table(value).read()
+    except (ValueError, IndexError):
+        return _undecodable(value, 0)
 
 
-def _undecodable(value: bytes) -> tuple[int, dict[str, Any]]:
-    length = int.from_bytes(value[:4], "big")
-    return 4 + length, {UNDECODABLE: bytes(value[4 : 4 + length])}
+class _Table:
+    """A header table in its bytes, which are read where they lie.
+
+    pamqp copies the rest of a table for each of its values: of a frame full of them that takes a second.
+    """
+
+    def __init__(self, value: bytes) -> None:
+        self._value = value
+        self._left = MAX_VALUES
+
+    def read(self) -> tuple[int, dict[str, Any]]:
+        """Its size, and what it holds.
+
+        Raises:
+            ValueError: it is cut off, holds what is not known, is too deep or too much.
+            IndexError: it is cut off.
+        """
+        return self._table(0, 1)
+
+    def _table(self, at: int, depth: int) -> tuple[int, dict[str, Any]]:
+        at, end = self._inside(at, depth)
+        found: dict[str, Any] = {}
+        while at < end:
+            begin = at + 1
+            at = self._within(begin + self._value[at], end)
+            key = self._value[begin:at].decode()
+            at, found[key] = self._one(at, end, depth)
+        return end, found
+
+    def _array(self, at: int, depth: int) -> tuple[int, list[Any]]:
+        at, end = self._inside(at, depth)
+        found = []
+        while at < end:
+            at, one = self._one(at, end, depth)
+            found.append(one)
+        return end, found
+
+    def _inside(self, at: int, depth: int) -> tuple[int, int]:
+        """Where the content of a table or an array begins and ends."""
+        if depth > MAX_DEPTH:
+            raise _TooMuchError(f"more than {MAX_DEPTH} tables are in each other")
+        begin = at + _LENGTH.size
+        return begin, self._within(begin + self._length(at), len(self._value))
+
+    def _one(self, at: int, end: int, depth: int) -> tuple[int, Any]:
+        """The value after its letter, and where the next thing begins."""
+        self._left -= 1
+        if self._left < 0:
+            raise _TooMuchError(f"more than {MAX_VALUES} values")
+        letter = self._value[at : at + 1]
+        at += 1
+        fixed = _FIXED.get(letter)
+        if fixed is not None:
+            size, decoded = fixed
+            until = self._within(at + size, end)
+            return until, decoded(self._value[at:until])[1]
+        match letter:
+            case b"S" | b"x":
+                begin = at + _LENGTH.size
+                until = self._within(begin + self._length(at), end)
+                content = self._value[begin:until]
+                return until, _text(content) if letter == b"S" else bytearray(content)
+            case b"F":
+                until, inner = self._inner_table(at, depth + 1)
+                return self._within(until, end), inner
+            case b"A":
+                until, items = self._array(at, depth + 1)
+                return self._within(until, end), items
+            case b"V" | b"\0":
+                return at, None
+        raise ValueError(f"unknown kind of value {letter!r}")
+
+    def _inner_table(self, at: int, depth: int) -> tuple[int, dict[str, Any]]:
+        """A table in another; that it cannot be read does not spoil the other one."""
+        try:
+            return self._table(at, depth)
+        except _TooMuchError:
+            raise
+        except (ValueError, IndexError):
+            return _undecodable(self._value, at)
+
+    def _length(self, at: int) -> int:
+        if at + _LENGTH.size > len(self._value):
+            raise ValueError("cut off")
+        length: int = _LENGTH.unpack_from(self._value, at)[0]
+        return length
+
+    def _within(self, at: int, end: int) -> int:
+        if at > end:
+            raise ValueError("cut off")
+        return at
 
 
-def _is_flat(value: dict[str, Any]) -> bool:
-    """Whether no more than `MAX_DEPTH` tables and arrays are in each other."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        inner = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [one for items in inner for one in items if isinstance(one, dict | list)]
-        if not level:
-            return True
-    return False
+class _TooMuchError(ValueError):
+    """A table that nobody means: all of it is left as it is."""
+
+
+def _undecodable(value: bytes, at: int) -> tuple[int, dict[str, Any]]:
+    begin = at + _LENGTH.size
+    end = begin + int.from_bytes(value[at:begin], "big")
+    return end, {UNDECODABLE: bytes(value[begin:end])}
+
+
+def _text(content: bytes) -> str | bytes:
+    """As pamqp has it: what is not UTF-8 stays bytes."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content
 
 
 def encoded(value: Any) -> bytes:  # noqa: ANN401  AMQP tables hold anything
@@ -98,6 +195,24 @@ def properties(value: bytes) -> dict[str, Any]:
     return found
 
 
+_FIXED: Final[dict[bytes, tuple[int, Callable[[bytes], tuple[int, Any]]]]] = {
+    b"t": (1, decode.boolean),
+    b"b": (1, decode.short_short_int),
+    b"B": (1, decode.short_short_uint),
+    b"s": (2, decode.short_int),
+    b"u": (2, decode.short_uint),
+    b"I": (4, decode.long_int),
+    b"i": (4, decode.long_uint),
+    b"l": (8, decode.long_long_int),
+    b"L": (8, decode.long_long_int),
+    b"f": (4, decode.floating_point),
+    b"d": (8, decode.double),
+    b"D": (5, decode.decimal),
+    b"T": (8, timestamp),
+}
+"""How many bytes follow the letter of a value, and how they are read (AMQP 0-9-1 as RabbitMQ and pamqp have it)."""
+
+
 def _octet(value: bytes) -> tuple[int, int]:
     return 1, value[0]
 
@@ -122,5 +237,4 @@ _PROPERTIES: Final[tuple[tuple[int, str, Callable[[bytes], tuple[int, Any]]], ..
 def install() -> None:
     """Every AMQP frame of this process is decoded so, and every header encoded."""
     decode.METHODS |= {"shortstr": short_string, "timestamp": timestamp, "table": table}
-    decode.TABLE_MAPPING |= {b"T": timestamp, b"F": _inner_table}
     encode.encode_table_value = encoded

@@ -84,7 +84,8 @@ BatchHandler = Callable[[Sequence[Delivery]], Awaitable[None]]
 class Subscription:
     """A queue and who handles it. Without a batch, up to ``concurrency`` deliveries are handled side by side.
 
-    ``quarantine`` may be missing only where losing a bad message is meant: exclusive queues of hints.
+    ``quarantine`` may be missing only where losing a bad message is meant: exclusive queues of hints. ``on_begin`` is
+    called whenever deliveries begin to come: what was published to an exclusive queue before that is lost.
     """
 
     queue: Queue
@@ -93,6 +94,7 @@ class Subscription:
     batch: Batch | None = None
     prefetch: int = 32
     concurrency: int = 8
+    on_begin: Callable[[], None] = lambda: None
 
 
 def delivered(queue: str, incoming: Incoming) -> Delivery:

@@ -6,6 +6,7 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -221,6 +222,10 @@ async def test_a_good_signed_token_is_its_claims_principal() -> None:
     )
     everything = await verifier.verify(signed(hostler_role="admin", hostler_projects="*"))
     assert everything == Principal(name="billing", role=Role.ADMIN, projects=None)
+    assert everything.expires_at is not None
+    assert abs(everything.expires_at.timestamp() - time.time() - 60) < 10
+    for_ever = await verifier.verify(signed(exp=10**15))
+    assert for_ever.expires_at == datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
     nothing = await verifier.verify(signed(hostler_projects=None))
     assert nothing.projects == frozenset()  # what is not said is not seen
 

@@ -218,6 +218,21 @@ async def test_consuming_goes_on_after_the_queue_was_deleted(amqp_url: str) -> N
             assert (await asyncio.wait_for(got.get(), 10)).body == b"x"
 
 
+async def test_who_consumes_is_told_whenever_deliveries_begin_to_come(amqp_url: str) -> None:
+    begun: asyncio.Queue[None] = asyncio.Queue()
+    got: asyncio.Queue[bus.Delivery] = asyncio.Queue()
+    subscription = subscribe(got.put, on_begin=lambda: begun.put_nowait(None))
+    async with open_bus(amqp_url, subscription) as opened:
+        for _ in range(2):
+            await asyncio.wait_for(begun.get(), 30)
+            await opened.publish(message("x", mandatory=True))  # it is bound by then
+            assert (await asyncio.wait_for(got.get(), 10)).body == b"x"
+            async with await aio_pika.connect(amqp_url) as connection:
+                await (await connection.channel()).queue_delete("work")
+        await asyncio.wait_for(begun.get(), 30)
+    assert begun.empty()
+
+
 async def test_nothing_confirmed_is_lost_when_the_broker_is_stopped_and_killed(
     own_rabbitmq: servers.RabbitMQ,
 ) -> None:

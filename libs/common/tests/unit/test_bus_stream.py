@@ -286,6 +286,55 @@ def test_no_deeper_headers_are_read_than_can_be_kept(levels: int, letter: bytes)
     assert (set(found) == {decoding.UNDECODABLE}) == (levels >= decoding.MAX_DEPTH)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("is_array", [True, False])
+def test_no_more_values_are_read_than_are_meant(is_array: bool, more: int) -> None:
+    number = decoding.MAX_VALUES + more
+    if is_array:
+        items = b"V" * (number - 1)
+        table = field_table({"all": b"A" + struct.pack(">I", len(items)) + items})
+    else:
+        table = field_table({str(key): b"t\1" for key in range(number)})
+    size, found = decoding.table(table)
+    assert size == len(table)
+    if more:
+        assert found == {decoding.UNDECODABLE: table[4:]}
+    elif is_array:
+        assert found == {"all": [None] * (number - 1)}
+    else:
+        assert found == {str(key): True for key in range(number)}
+
+
+class Measured(bytes):
+    """Bytes that know how many of them were copied."""
+
+    copied = 0
+
+    def __getitem__(self, part: Any) -> Any:
+        found = super().__getitem__(part)
+        self.copied += len(found) if isinstance(part, slice) else 0
+        return found
+
+
+@pytest.mark.parametrize("kind", ["strings", "voids", "nested"])
+def test_a_table_is_read_without_being_copied_again_for_each_of_its_values(kind: str) -> None:
+    values = {
+        "strings": b"S" + struct.pack(">I", 20) + b"x" * 20,
+        "voids": b"V",
+        "nested": b"F" + field_table({"k": b"b\1"}),
+    }
+    table = Measured(field_table({str(key): values[kind] for key in range(2000)}))
+    _, found = decoding.table(table)
+    assert len(found) == 2000
+    assert table.copied <= len(table)
+
+
+def test_a_table_that_cannot_be_read_does_not_spoil_the_one_it_is_in() -> None:
+    inner = field_table({"k": b"?"})
+    found = decoding.table(field_table({"bad": b"F" + inner, "compression": b"S\0\0\0\4gzip"}))[1]
+    assert found == {"bad": {decoding.UNDECODABLE: inner[4:]}, "compression": "gzip"}
+
+
 def test_headers_as_large_as_a_frame_are_left_out_when_published_again() -> None:
     headers = {"large": "x" * 40_000, "compression": "gzip", "half": "y" * 20_000}
     delivery = delivered("q", Incoming(1, False, "nova", "key", {"headers": headers}, b""))

@@ -5,7 +5,6 @@ other: T* = max(F / u_seed, F / d_min, N F / (u_seed + sum u_i)). No scheme is f
 at 1.06 times T* has 6 % left to gain, and the largest of the terms says what to buy.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -94,9 +93,9 @@ class Pace:
 
 
 def remaining_seconds(
-    size_bytes: int, paces: Sequence[Pace], *, share: float = 1.0
+    size_bytes: int, paces: Sequence[Pace], *, percent: int = 100
 ) -> float | None:
-    """When that share of the hosts will have the image, each going on as fast as until now.
+    """When so many percent of the hosts will have the image, each going on as fast as until now.
 
     None where so many have not begun, or nothing is known of their speed yet.
     """
@@ -108,7 +107,7 @@ def remaining_seconds(
             left.append((size_bytes - pace.bytes_done) * pace.seconds / pace.bytes_done)
         else:
             left.append(float("inf"))
-    wanted = max(1, math.ceil(len(left) * share))
+    wanted = max(1, -(-len(left) * percent // 100))
     if len(left) < wanted:
         return None
     found = sorted(left)[wanted - 1]

@@ -3,7 +3,6 @@
 Each function is one transaction unless it takes a connection. Times are the database's.
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, time
@@ -21,6 +20,7 @@ from hostler_precache.distribution.distributions import (
     DistributionState,
     HostEnded,
     HostProgress,
+    ImageOnHosts,
     LiveDistribution,
     Policy,
     PolicyId,
@@ -29,7 +29,9 @@ from hostler_precache.distribution.rollout import Rollout, Targets, Window, is_o
 from hostler_precache.store import MAX_BIGINT, ImageNotFound, blob_record
 from hostler_precache.transfer.manifest import BlobId
 
-HOSTS_AT_ONCE: Final = 500
+HOSTS_AT_ONCE: Final = 200
+# agents report every few seconds
+SILENT_SECONDS: Final = 60.0
 _LIVE = ("fetching", "distributing")
 FIRST_RETRY_SECONDS: Final = 300.0
 LONGEST_RETRY_SECONDS: Final = 6 * 3600.0
@@ -575,11 +577,12 @@ class DistributionStore:
 
     async def progress(self, distribution_id: UUID) -> list[HostProgress]:
         """Every host of the distribution, by name. Of thousands it lets others be answered in between."""
-        async with db.connection(self._pool) as connection:
-            rows = await connection.fetch(
+        async with db.transaction(self._pool) as connection:
+            rows = connection.cursor(
                 "SELECT h.*, coalesce(t.sent, 0) AS sent, coalesce(t.seed, 0) AS seed,"
                 "   coalesce(t.peers, 0) AS peers, coalesce(t.rack, 0) AS rack,"
-                "   coalesce(t.wasted, 0) AS wasted, host.link_bytes_per_second"
+                "   coalesce(t.wasted, 0) AS wasted, host.link_bytes_per_second,"
+                "   coalesce(host.seen_at > now() - make_interval(secs => $3), false) AS is_there"
                 " FROM distribution_host h LEFT JOIN host USING (host) LEFT JOIN (SELECT host,"
                 "     least(coalesce(sum(sent_bytes), 0), $2)::bigint AS sent,"
                 "     least(coalesce(sum(received_from_seed_bytes), 0), $2)::bigint AS seed,"
@@ -590,13 +593,10 @@ class DistributionStore:
                 " WHERE h.distribution_id = $1 ORDER BY h.host",
                 distribution_id,
                 MAX_BIGINT,
+                SILENT_SECONDS,
+                prefetch=HOSTS_AT_ONCE,
             )
-        found = []
-        for number, row in enumerate(rows, start=1):
-            if number % HOSTS_AT_ONCE == 0:
-                await asyncio.sleep(0)
-            found.append(_progress(row))
-        return found
+            return [_progress(row) async for row in rows]
 
     async def host_states(
         self, connection: db.Connection, distribution_id: DistributionId
@@ -607,6 +607,27 @@ class DistributionStore:
         )
         _, hosts = await self.states(connection, distribution_id)
         return image_id, hosts
+
+    async def on_hosts(
+        self, connection: db.Connection, distribution_ids: Collection[DistributionId]
+    ) -> list[ImageOnHosts]:
+        """What these distributions are of, and to which hosts."""
+        rows = await connection.fetch(
+            "SELECT d.distribution_id, d.image_id,"
+            "   coalesce(array_agg(h.host ORDER BY h.host) FILTER (WHERE h.host IS NOT NULL), '{}')"
+            "     AS hosts"
+            " FROM distribution d LEFT JOIN distribution_host h USING (distribution_id)"
+            " WHERE d.distribution_id = ANY ($1::uuid[]) GROUP BY d.distribution_id",
+            list(distribution_ids),
+        )
+        return [
+            ImageOnHosts(
+                distribution_id=DistributionId(row["distribution_id"]),
+                image_id=row["image_id"],
+                hosts=row["hosts"],
+            )
+            for row in rows
+        ]
 
     async def count_states(self) -> dict[str, int]:
         """How many distributions are in which state."""
@@ -620,6 +641,7 @@ class DistributionStore:
 def _progress(row: asyncpg.Record) -> HostProgress:
     return HostProgress(
         host=row["host"],
+        is_there=row["is_there"],
         state=row["state"],
         reason=row["reason"],
         pieces_done=row["pieces_done"],

@@ -54,14 +54,14 @@ class BlobState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobRecord:
-    """A blob as the database knows it."""
+    """A blob as the database knows it. Without a `seed_url` it is on hosts only."""
 
     blob_id: BlobId
     image_id: str
     state: BlobState
     reason: str | None
     seed: str
-    seed_url: str
+    seed_url: str | None
     swarm_key: bytes
     fetched_bytes: int
     size_bytes: int | None
@@ -102,9 +102,10 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostProgress:
-    """Where one host is with one distribution, and what it moved for it."""
+    """Where one host is with one distribution, and what it moved for it; not there, if it is silent."""
 
     host: str
+    is_there: bool
     state: str
     reason: str | None
     pieces_done: int
@@ -184,6 +185,15 @@ class HostEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageOnHosts:
+    """What a distribution is of, and the hosts that it is to, by name."""
+
+    distribution_id: DistributionId
+    image_id: str
+    hosts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A host that a distribution would choose; not known where no agent has spoken for it."""
 
@@ -239,11 +249,12 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A host in the swarm of a blob: it has it, or is told to get it."""
+    """A host in the swarm of a blob: it has it, or is told to get it; not there, if it was silent for long."""
 
     host: str
     url: str
     rack: str | None
+    is_there: bool
     is_moving: bool
     distribution_ids: Sequence[DistributionId]
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time as clock
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import UTC, datetime, time
 from typing import Annotated, Self
@@ -13,19 +14,20 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, model_validator
 
-from hostler_common import auth, db, errors, idempotency
+from hostler_common import auth, db, idempotency
 from hostler_common.auth import Caller, Role
 from hostler_precache import protocol
 from hostler_precache.deps import (
     DistributionsDep,
     Limit,
+    LooksDep,
     SettingsDep,
     StoreDep,
     SwarmsDep,
     TrackerDep,
 )
 from hostler_precache.distribution import bound, endings, estimate, rollout
-from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.distribution_store import HOSTS_AT_ONCE, DistributionStore
 from hostler_precache.distribution.distributions import (
     Distribution,
     DistributionId,
@@ -33,6 +35,8 @@ from hostler_precache.distribution.distributions import (
     HostProgress,
     new_distribution_id,
 )
+from hostler_precache.distribution.estimate import Estimate
+from hostler_precache.distribution.looks import Looks
 from hostler_precache.distribution.rollout import Rollout, Targets
 from hostler_precache.settings import Settings
 from hostler_precache.sources.listers import ListedImage
@@ -42,10 +46,8 @@ from hostler_precache.wire import HostNames, ImageIdText, Request, View, image_o
 
 router = APIRouter(prefix="/v1")
 
-EVENT_SECONDS = 0.5
-IDLE_OVER_BUSY = 9
 NAMES_SHOWN = 100
-HOSTS_AT_ONCE = 200
+HEARTBEAT_SECONDS = 15.0
 Percent = Annotated[int, Field(ge=1, le=100)]
 BytesPerSecond = Annotated[int, Field(ge=1, lt=2**63)]
 
@@ -212,6 +214,7 @@ class HostProgressView(View):
     """Where one host is."""
 
     host: str
+    is_there: bool = Field(description="whether its agent was heard of in the last minute")
     state: protocol.HostState
     reason: str | None
     wave: int
@@ -225,33 +228,60 @@ class HostProgressView(View):
     received_from_peers_bytes: int
     received_from_rack_bytes: int = Field(description="of the peers' bytes, those from its rack")
     wasted_bytes: int
+    link_bytes_per_second: int | None = Field(description="what its network card can do")
     started_at: datetime | None
     updated_at: datetime
     finished_at: datetime | None
 
 
-class DistributionDetail(DistributionView):
-    """A distribution with every host of it."""
+class DistributionNow(DistributionView):
+    """A distribution with how far it is from the bound."""
 
     estimate: EstimateView | None = Field(description="null until the size is known")
+    pace: str = Field(
+        description="in words: how far it is from the bound, or why it does not move; empty while"
+        " nobody can tell"
+    )
+    left: str = Field(description="in words: how long it still takes; empty while nobody can tell")
+
+    @classmethod
+    def of(cls, record: Distribution, found: Estimate | None) -> Self:
+        """The view of a distribution, and of what is estimated of it."""
+        return cls(
+            **DistributionView.model_validate(record).model_dump(),
+            estimate=None if found is None else EstimateView.model_validate(found),
+            pace=estimate.pace_in_words(record, found),
+            left=estimate.left_in_words(found),
+        )
+
+
+class DistributionDetail(DistributionNow):
+    """A distribution with every host of it."""
+
     progress: list[HostProgressView]
 
 
-_PROGRESS = TypeAdapter(list[HostProgressView])
+_PROGRESS = TypeAdapter(list[HostProgress])
 
 
-async def json_of(view: DistributionDetail) -> str:
-    """The view as JSON, made in parts, between which others are answered.
+async def json_of(
+    view: DistributionNow, hosts: Sequence[HostProgress], made: list[str] | None = None
+) -> AsyncIterator[str]:
+    """A `DistributionDetail` as JSON, in parts, between which others are answered.
 
-    On the loop, since a thread that computes takes the loop's turn at each of its system calls.
+    Of thousands of hosts no views are made first: they are as many objects again. And it is made on the
+    loop, since a thread that computes takes the loop's turn at each of its system calls. Parts of these
+    hosts that are `made` are not made again.
     """
-    hosts, parts = view.progress, []
-    for start in range(0, len(hosts), HOSTS_AT_ONCE):
-        part = _PROGRESS.dump_json(hosts[start : start + HOSTS_AT_ONCE])
-        parts.append(part[1:-1].decode())
+    made = [] if made is None else made
+    yield view.model_dump_json()[:-1] + ',"progress":['
+    for number, start in enumerate(range(0, len(hosts), HOSTS_AT_ONCE)):
         await asyncio.sleep(0)
-    rest = view.model_dump_json(exclude={"progress"})
-    return f'{rest[:-1]},"progress":[{",".join(parts)}]}}'
+        if number == len(made):
+            part = _PROGRESS.dump_json(list(hosts[start : start + HOSTS_AT_ONCE]))
+            made.append(part[1:-1].decode())
+        yield ("," if start else "") + made[number]
+    yield "]}"
 
 
 class DistributionList(View):
@@ -275,30 +305,6 @@ class PlanView(View):
     slowest_host: str | None
     begins_at: datetime | None = Field(description="when a window is open next")
     is_in_time: bool | None = Field(description="whether the deadline is possible at all")
-
-
-async def detail(
-    record: Distribution, hosts: Sequence[HostProgress], settings: Settings
-) -> DistributionDetail:
-    """The view of a distribution with its hosts, made in parts, between which others are answered."""
-    view = DistributionView.model_validate(record)
-    found = await asyncio.to_thread(
-        estimate.estimate,
-        record,
-        hosts,
-        seed_bytes_per_second=settings.link_bytes_per_second,
-        now=datetime.now(UTC),
-    )
-    progress: list[HostProgressView] = []
-    for start in range(0, len(hosts), HOSTS_AT_ONCE):
-        await asyncio.sleep(0)
-        part = hosts[start : start + HOSTS_AT_ONCE]
-        progress += [HostProgressView.model_validate(host) for host in part]
-    return DistributionDetail(
-        **view.model_dump(),
-        estimate=None if found is None else EstimateView.model_validate(found),
-        progress=progress,
-    )
 
 
 @router.post(
@@ -338,15 +344,14 @@ async def distribute(
         if state is DistributionState.DISTRIBUTING:
             blob = await store.served_blob(connection, body.image_id)
             blob_id = blob.blob_id
-            await store.announce(
-                connection,
-                tracking.announcements(
-                    blob,
-                    [distribution_id],
-                    public_url=settings.public_url,
-                    token_seconds=settings.token_seconds,
-                ),
+            casts = tracking.announcements(
+                blob,
+                [distribution_id],
+                public_url=settings.public_url,
+                token_seconds=settings.token_seconds,
             )
+            said = await endings.beginnings_of(connection, distributions, [distribution_id])
+            await store.announce(connection, [*casts, *said])
         reply = {"distribution_id": str(distribution_id), "state": state.value}
         if key is not None:
             await idempotency.finish(connection, key, caller=caller.name, status=202, body=reply)
@@ -438,8 +443,14 @@ async def show_distribution(
     """One distribution with every host of it."""
     record = await distributions.distribution(distribution_id)
     hosts = await distributions.progress(distribution_id)
-    body = await json_of(await detail(record, hosts, settings))
-    return Response(body, media_type="application/json")
+    found = estimate.estimate(
+        record,
+        hosts,
+        seed_bytes_per_second=settings.link_bytes_per_second,
+        now=datetime.now(UTC),
+    )
+    view = DistributionNow.of(record, found)
+    return StreamingResponse(json_of(view, hosts), media_type="application/json")
 
 
 @router.get(
@@ -449,65 +460,38 @@ async def show_distribution(
     responses={200: {"content": {"text/event-stream": {}}}},
 )
 async def watch_distribution(
-    distribution_id: UUID, distributions: DistributionsDep, settings: SettingsDep
+    distribution_id: UUID, distributions: DistributionsDep, looks: LooksDep
 ) -> StreamingResponse:
     """The distribution each time it changes, as server-sent events, until it is over.
 
     The first `progress` event has every host, each later one those that have changed since.
     """
     await distributions.distribution(distribution_id)  # 404 before the stream begins
-    return StreamingResponse(
-        _events(distributions, distribution_id, settings), media_type="text/event-stream"
-    )
+    return StreamingResponse(_events(looks, distribution_id), media_type="text/event-stream")
 
 
-async def _events(
-    distributions: DistributionStore, distribution_id: UUID, settings: Settings
-) -> AsyncIterator[str]:
-    told_view, told_hosts = "", dict[str, HostProgressView]()
-    while True:
-        began = clock.monotonic()
-        try:
-            record = await distributions.distribution(distribution_id)
-            hosts = await distributions.progress(distribution_id)
-        except errors.Unavailable:  # the stream goes on when the database is back
-            await asyncio.sleep(EVENT_SECONDS)
-            continue
-        event, told_view = await _news(record, hosts, settings, told_view, told_hosts)
-        took = clock.monotonic() - began
-        if event:
-            yield event
-        if record.state.is_over:
-            yield f"event: end\ndata: {json.dumps({'state': record.state.value})}\n\n"
-            return
-        # whoever watches takes a small part of this process, however many hosts there are
-        await asyncio.sleep(max(EVENT_SECONDS, IDLE_OVER_BUSY * took))
-
-
-async def _news(
-    record: Distribution,
-    hosts: Sequence[HostProgress],
-    settings: Settings,
-    told_view: str,
-    told_hosts: dict[str, HostProgressView],
-) -> tuple[str, str]:
-    """The event that tells what has changed, "" where nothing has, and the view that it tells.
-
-    What it tells of hosts is added to `told_hosts`.
-    """
-    current = await detail(record, hosts, settings)
-    # what only the clock changes is no news
-    view = current.model_dump_json(exclude={"estimate", "progress"})
-    changed: list[HostProgressView] = []
-    for start in range(0, len(current.progress), HOSTS_AT_ONCE):
-        part = current.progress[start : start + HOSTS_AT_ONCE]
-        changed += [host for host in part if told_hosts.get(host.host) != host]
-        await asyncio.sleep(0)
-    current.progress = changed
-    if not current.progress and view == told_view:
-        return "", view
-    told_hosts |= {host.host: host for host in current.progress}
-    return f"event: progress\ndata: {await json_of(current)}\n\n", view
+async def _events(looks: Looks, distribution_id: UUID) -> AsyncIterator[str]:
+    told, told_at = "", clock.monotonic()
+    async with aclosing(looks.watch(distribution_id)) as watching:
+        async for look, hosts in watching:
+            now = clock.monotonic()
+            current = DistributionNow.of(look.record, look.estimate)
+            # what only the clock changes is no news
+            view = current.model_dump_json(exclude={"estimate", "pace", "left"})
+            if hosts or view != told:
+                told, told_at = view, now
+                yield "event: progress\ndata: "
+                made = look.texts if hosts is look.changed else None
+                async for text in json_of(current, hosts, made):
+                    yield text
+                yield "\n\n"
+            elif now - told_at > HEARTBEAT_SECONDS:
+                told_at = now
+                yield ": nothing new\n\n"  # a proxy ends what is silent for long
+            state = look.record.state
+            if state.is_over:
+                yield f"event: end\ndata: {json.dumps({'state': state.value})}\n\n"
+                return
 
 
 @router.patch(

@@ -1,13 +1,31 @@
-"""What is said on the bus when hosts, and with them distributions, come to an end."""
+"""What is said on the bus when distributions begin, and when hosts, and with them distributions, come to an end.
 
-from collections.abc import Sequence
+What hosts do is said in Nova's words (`aggregate.cache_images.*`), so that who listens to Nova's own
+notifications of an aggregate can listen to these; what is only ours is said in our own.
+"""
+
+from collections.abc import Collection, Sequence
 
 from hostler_common import db
-from hostler_common.bus import Message
+from hostler_common.bus import EventType, Message
 from hostler_precache import messages
 from hostler_precache.distribution.distribution_store import DistributionStore
-from hostler_precache.distribution.distributions import DistributionId, HostEnded
+from hostler_precache.distribution.distributions import DistributionId, HostEnded, ImageOnHosts
 from hostler_precache.distribution.rollout import PRESENT
+
+
+async def beginnings_of(
+    connection: db.Connection,
+    distributions: DistributionStore,
+    begun: Collection[DistributionId],
+) -> list[Message]:
+    """An event for each distribution whose hosts may begin to get the image."""
+    if not begun:
+        return []
+    return [
+        _aggregate(messages.CACHE_START, one)
+        for one in await distributions.on_hosts(connection, begun)
+    ]
 
 
 async def events_of(
@@ -17,8 +35,11 @@ async def events_of(
     ended: Sequence[HostEnded],
     finished: Sequence[DistributionId],
 ) -> list[Message]:
-    """An event for each host that ended, in Nova's words, and one for each distribution that is done."""
+    """An event for each host that ended, in Nova's words, and two for each distribution that is done."""
     events = [_progress(one) for one in ended]
+    if finished:
+        on_hosts = await distributions.on_hosts(connection, finished)
+        events += [_aggregate(messages.CACHE_END, one) for one in on_hosts]
     for distribution_id in finished:
         image_id, states = await distributions.host_states(connection, distribution_id)
         events.append(
@@ -30,6 +51,23 @@ async def events_of(
             )
         )
     return events
+
+
+def _aggregate(
+    event: EventType[messages.AggregateCacheImages], distribution: ImageOnHosts
+) -> Message:
+    """What Nova says of an aggregate when it begins to cache images there, and when it has."""
+    data = messages.AggregateData(
+        uuid=str(distribution.distribution_id),
+        name=distribution.image_id,
+        hosts=list(distribution.hosts),
+    )
+    return event.message(
+        messages.AggregateCacheImages(
+            event_type=event.routing_key, payload=messages.AggregatePayload(data=data)
+        ),
+        app_id=messages.APP_ID,
+    )
 
 
 def _progress(ended: HostEnded) -> Message:

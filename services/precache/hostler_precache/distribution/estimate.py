@@ -7,12 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 
 from hostler_precache.distribution import bound
 from hostler_precache.distribution.distributions import Distribution, HostProgress
-from hostler_precache.distribution.rollout import OPEN
+from hostler_precache.distribution.rollout import OPEN, PRESENT
 
-_TRANSFERRED = OPEN | {"cached"}
+# in longer pauses nobody was transferring: who comes then is late, and the network is not slow
+IDLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +40,15 @@ def estimate(
 ) -> Estimate | None:
     """The estimate; None while the size of the image is not known.
 
-    Hosts that had the image before, or cannot get it, receive nothing and count for nothing.
+    Hosts that had the image before, or cannot get it, receive nothing and count for nothing; nor do
+    those that are not there: nobody knows when they come.
     """
     if distribution.size_bytes is None:
         return None
     rollout = distribution.rollout
-    receiving = [host for host in hosts if host.state in _TRANSFERRED]
+    receiving = [
+        host for host in hosts if host.state == "cached" or (host.state in OPEN and host.is_there)
+    ]
     links = {
         host.host: min(
             host.link_bytes_per_second or bound.ASSUMED_LINK_BYTES_PER_SECOND,
@@ -58,17 +63,18 @@ def estimate(
         total_bytes_per_second=rollout.total_bytes_per_second,
     )
     found = bound.with_source(found, _source_seconds(distribution, now))
-    began = distribution.announced_at
-    until = distribution.finished_at or now
-    elapsed = max(0.0, (until - began).total_seconds()) if began is not None else 0.0
+    elapsed = _elapsed_seconds(distribution, receiving, now)
     remaining: float | None = 0.0
     by_deadline: float | None = 0.0
     if not distribution.state.is_over:
         paces = [_pace(host, now) for host in receiving]
         remaining = bound.remaining_seconds(distribution.size_bytes, paces)
         if rollout.deadline_at is not None:
+            # of all hosts, as when it is over: those that had it count, those that cannot get it too
             by_deadline = bound.remaining_seconds(
-                distribution.size_bytes, paces, share=rollout.deadline_percent / 100
+                distribution.size_bytes,
+                [_pace(host, now) for host in hosts],
+                percent=rollout.deadline_percent,
             )
     over_bound, ends_at = None, distribution.finished_at
     if remaining is not None and found.seconds > 0:
@@ -86,25 +92,58 @@ def estimate(
     )
 
 
-def in_words(
-    *,
-    paused_reason: str | None,
-    is_open: bool,
-    over_bound: float | None,
-    limit: str | None,
-    slowest_host: str | None,
-    remaining_seconds: float | None = None,
-) -> str:
-    """How far a distribution is from the bound, or why it does not move; empty while nobody can tell."""
-    if paused_reason is not None:
-        return f"paused: {paused_reason}"
-    if not is_open:
+def pace_in_words(distribution: Distribution, found: Estimate | None) -> str:
+    """How far it is from the bound, or why it does not move; empty while nobody can tell."""
+    if distribution.paused_reason is not None:
+        return f"paused: {distribution.paused_reason}"
+    if not distribution.is_open:
         return "waits for its window"
-    if over_bound is None:
+    if found is None or found.over_bound is None:
         return ""
-    host = f" ({slowest_host})" if slowest_host else ""
-    left = f", {remaining_seconds:.0f} s left" if remaining_seconds else ""
-    return f"{over_bound:.2f}x; the limit is {limit}{host}{left}"
+    host = f" ({found.slowest_host})" if found.slowest_host else ""
+    return f"{found.over_bound:.2f}x; the limit is {found.limit}{host}"
+
+
+def left_in_words(found: Estimate | None) -> str:
+    """How long it still takes; empty where it is over, or nobody can tell."""
+    if found is None or not found.remaining_seconds:
+        return ""
+    seconds = math.ceil(found.remaining_seconds)
+    units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
+    for (unit, length), (smaller, part) in pairwise(units):
+        if seconds >= length:
+            rest = seconds % length // part
+            return f"{seconds // length} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{seconds} s"
+
+
+def _elapsed_seconds(
+    distribution: Distribution, receiving: Sequence[HostProgress], now: datetime
+) -> float:
+    """How long it has been on its way since it was announced, without the times in which all had ended.
+
+    A host that comes a day later takes its own time, and not a day.
+    """
+    began = distribution.announced_at
+    if began is None:
+        return 0.0
+    until = distribution.finished_at or now
+    passed = max(0.0, (until - began).total_seconds())
+    if passed <= IDLE_SECONDS:
+        return passed
+    end = until.timestamp()
+    spans = []
+    for host in receiving:
+        stop = end if host.finished_at is None else host.finished_at.timestamp()
+        spans.append((stop if host.started_at is None else host.started_at.timestamp(), stop))
+    elapsed, reached = 0.0, began.timestamp()
+    for number, (start, stop) in enumerate(sorted(spans)):
+        if number and start - reached > IDLE_SECONDS:
+            reached = start
+        if stop > reached:
+            elapsed += stop - reached
+            reached = stop
+    return elapsed
 
 
 def _source_seconds(distribution: Distribution, now: datetime) -> float:
@@ -121,10 +160,11 @@ def _source_seconds(distribution: Distribution, now: datetime) -> float:
 
 
 def _pace(host: HostProgress, now: datetime) -> bound.Pace:
-    seconds = (now - host.started_at).total_seconds() if host.started_at is not None else 0.0
-    return bound.Pace(
-        bytes_done=host.bytes_done, seconds=max(0.0, seconds), is_over=host.state not in OPEN
-    )
+    """How fast it goes on; not at all where it is silent, or cannot get it."""
+    seconds = 0.0
+    if host.started_at is not None and host.state in OPEN and host.is_there:
+        seconds = max(0.0, (now - host.started_at).total_seconds())
+    return bound.Pace(bytes_done=host.bytes_done, seconds=seconds, is_over=host.state in PRESENT)
 
 
 def _is_in_time(

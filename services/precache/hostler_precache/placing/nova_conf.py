@@ -143,4 +143,9 @@ class _Values:
                 )
             return self._resolved(value, name, depth + 1)
 
-        return _REFERENCE.sub(value_of, text)
+        resolved = _REFERENCE.sub(value_of, text)
+        if "$" in resolved:
+            raise NovaConfError(
+                f"{name} refers to what is not read here: {resolved}: set it in Nova's files as it is"
+            )
+        return resolved

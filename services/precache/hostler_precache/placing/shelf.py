@@ -54,6 +54,7 @@ log = logs.get(__name__)
 
 PATIENCE_SECONDS: Final = 20.0
 LONGEST_PIN_SECONDS: Final = 7200.0
+SHORTEST_PIN_SECONDS: Final = 1.0  # whatever age its owner was configured with
 _PINS_PER_AGE: Final = 3  # one may fail, and the file is still younger than its cleaner's limit
 _GUARD: Final = "agent.lock"
 
@@ -120,6 +121,7 @@ class Shelf:
             self._files, work=self._work, quota=quota, reserve_bytes=reserve_bytes
         )
         self._guard: int | None = None
+        self._gone: set[str] = set()  # with all that was known of the place
         self._mutex = threading.RLock()
 
     @property
@@ -131,9 +133,9 @@ class Shelf:
     def pin_seconds(self) -> float:
         """How often wanted files have to be touched."""
         age = self._placer.cleaner_age_seconds
-        return (
-            LONGEST_PIN_SECONDS if age is None else min(LONGEST_PIN_SECONDS, age / _PINS_PER_AGE)
-        )
+        if age is None:
+            return LONGEST_PIN_SECONDS
+        return max(SHORTEST_PIN_SECONDS, min(LONGEST_PIN_SECONDS, age / _PINS_PER_AGE))
 
     def close(self) -> None:
         """Another agent may look after the place."""
@@ -259,14 +261,16 @@ class Shelf:
             PieceStoreError: the place cannot be used.
         """
         with self._failures_named(self.directory), self._mutex:
-            if not self.directory.is_dir():
-                return Tended()
-            self._hold()
+            if self.directory.is_dir():
+                self._hold()
+            else:
+                self._let_place_go()
             by_name: dict[str, list[Wanted]] = {}
             for one in wanted:
                 with contextlib.suppress(UnsupportedError):
                     by_name.setdefault(self.target(one).name, []).append(one)
-            lost: list[Wanted] = []
+            lost = [one for name in self._gone for one in by_name.get(name, ())]
+            self._gone.clear()
             doomed: list[Record] = []
             failed: list[str] = []
             for record in list(self._files.records.values()):
@@ -324,8 +328,10 @@ class Shelf:
                 for record in self._files.records.values()
                 if record.unwanted_since is None
                 and record.name not in besides
-                and now - record.scrubbed_at
-                >= (retry_seconds if record.damaged_pieces else every_seconds)
+                # after its time, or by a clock that was put back since
+                and not 0
+                <= now - record.scrubbed_at
+                < (retry_seconds if record.damaged_pieces else every_seconds)
             ]
             return min(due, key=lambda record: record.scrubbed_at, default=None)
 
@@ -374,9 +380,14 @@ class Shelf:
     # --- the place
 
     def _hold(self) -> None:
-        """This agent looks after the place, and has read what is known of it."""
+        """This agent looks after the place, and has read what is known of it.
+
+        Whoever wipes the place, or puts another file system there, has taken our lock with it.
+        """
         if self._guard is not None:
-            return
+            if _has_name(self._guard, self._work / _GUARD):
+                return
+            self._let_place_go()
         ownership.make_directory(self._work)
         fd = os.open(self._work / _GUARD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -389,6 +400,15 @@ class Shelf:
             os.close(fd)
             raise
         self._guard = fd
+
+    def _let_place_go(self) -> None:
+        """Nothing is known any more of what was here, but that it was."""
+        if self._guard is not None:
+            log.warning("place_is_gone", path=str(self.directory))
+            os.close(self._guard)
+            self._guard = None
+        self._gone |= self._files.records.keys()
+        self._files.records = {}
 
     @contextlib.contextmanager
     def _failures_named(self, path: Path) -> Iterator[None]:
@@ -481,12 +501,13 @@ class Shelf:
         if self._files.status(record) is None or not record.is_ours:
             self._files.forget(record.name)
             return False
-        since = record.unwanted_since
+        since, now = record.unwanted_since, self._clock()
         if since is None:
-            since = self._clock()
-            self._files.save(dataclasses.replace(record, unwanted_since=since))
             log.info("image_unpinned", path=str(self.directory / record.name))
-        return is_deleted or self._clock() - since >= self._unwanted_seconds
+        if since is None or since > now:  # the clock was put back
+            since = now
+            self._files.save(dataclasses.replace(record, unwanted_since=since))
+        return is_deleted or now - since >= self._unwanted_seconds
 
 
 def open_shelf(settings: AgentSettings) -> Shelf:
@@ -514,6 +535,13 @@ def open_shelf(settings: AgentSettings) -> Shelf:
         keep_link=settings.keep_link,
         unwanted_seconds=settings.unwanted_seconds,
     )
+
+
+def _has_name(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _open(path: Path) -> int | None:

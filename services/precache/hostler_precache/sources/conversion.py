@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -49,6 +49,14 @@ class _Info(BaseModel):
     backing_filename: str | None = Field(None, alias="backing-filename")
     encrypted: bool = False
     format_specific: dict[str, Any] = Field({}, alias="format-specific")
+
+
+class _Extent(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    length: int = Field(ge=0)
+    offset: int = Field(0, ge=0, description="in the file; compressed data, and zeros, have none")
+    data: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +142,25 @@ async def to_raw(path: Path, target: Path, *, expected: str, reserve_bytes: int)
 
 
 async def _check_whole(path: Path, disk: Disk) -> None:
-    """A disk of which a part is missing is not read as if that part were zeros, as qemu-img would."""
+    """A disk of which a part is missing is not read as if that part were zeros, as qemu-img would.
+
+    Its check knows what a format says of itself; that all of its data lies within the file, only some
+    formats say.
+    """
     form = _QEMUS_NAME.get(disk.format, disk.format)
+    end, is_read = 0, True
+
+    def reach(line: bytes) -> None:
+        nonlocal end, is_read
+        text = line.strip().strip(b"[],")
+        try:
+            extent = _Extent.model_validate_json(text or b'{"length": 0, "data": false}')
+        except ValidationError:
+            is_read = False
+            return
+        if extent.data and extent.offset:
+            end = max(end, extent.offset + extent.length)
+
     try:
         await _run(
             ["check", "--force-share", "-f", form, str(path)],
@@ -144,12 +169,27 @@ async def _check_whole(path: Path, disk: Disk) -> None:
             file_bytes=0,
             fine=_CHECK_IS_FINE,
         )
+        await _run(
+            ["map", "--force-share", "--output=json", "-f", form, str(path)],
+            cpu_seconds=_LEAST_CPU_SECONDS + disk.virtual_bytes // _CPU_BYTES_PER_SECOND,
+            wall_seconds=_LEAST_WALL_SECONDS + disk.virtual_bytes // _WALL_BYTES_PER_SECOND,
+            file_bytes=0,
+            on_line=reach,
+        )
     except SourceError as exc:
         if exc.reason != "source.convert_failed":
             raise
         raise SourceError(
             "source.format_damaged", f"the {disk.format} is damaged or cut off: {exc.detail}"
         ) from exc
+    if not is_read:
+        raise SourceError("source.format_unsafe", "qemu-img's map cannot be read")
+    there = (await asyncio.to_thread(os.stat, path)).st_size
+    if end > there:
+        raise SourceError(
+            "source.format_damaged",
+            f"the {disk.format} is cut off: its data ends at byte {end}, and {there} bytes came",
+        )
 
 
 async def _run(
@@ -160,7 +200,14 @@ async def _run(
     file_bytes: int,
     keep_free: tuple[Path, int] | None = None,
     fine: frozenset[int] = frozenset({0}),
+    on_line: Callable[[bytes], None] | None = None,
 ) -> bytes:
+    """What qemu-img says; of `on_line`, each line of it, which nobody keeps.
+
+    Raises:
+        SourceError: it fails, or needs more than it may have.
+        pieces.NoSpaceError: there was less room than to be kept free.
+    """
     if not is_available():
         raise SourceError(
             "source.convert_unavailable",
@@ -181,7 +228,10 @@ async def _run(
     try:
         async with asyncio.timeout(wall_seconds), asyncio.TaskGroup() as group:
             watching = keep_free and group.create_task(_keep_free(process, *keep_free))
-            out, err = await process.communicate()
+            if on_line is None:
+                out, err = await process.communicate()
+            else:
+                out, err = b"", await _lines(process, on_line)
             if watching is not None:
                 watching.cancel()
     except TimeoutError as exc:
@@ -203,6 +253,18 @@ async def _run(
             f"qemu-img was ended by its limits of {cpu_seconds} s and {file_bytes} bytes",
         )
     raise SourceError("source.convert_failed", f"qemu-img: {said[0][-300:]}")
+
+
+async def _lines(process: asyncio.subprocess.Process, on_line: Callable[[bytes], None]) -> bytes:
+    """Each line is handed on; returns what the process said of its troubles."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    async with asyncio.TaskGroup() as group:
+        troubles = group.create_task(process.stderr.read())
+        async for line in process.stdout:
+            on_line(line)
+    await process.wait()
+    return troubles.result()
 
 
 async def _keep_free(

@@ -8,29 +8,41 @@ not raw is converted once, here, and the manifest is that of the raw disk.
 Where the bytes are served as they come and their number is known from the start, the pieces that
 are whole are there for others while the rest comes (`Arriving`): whoever has them must not take them
 for the image before all of it was checked.
+
+What a fetch that was interrupted left is gone on with, where the source gives the rest of its bytes and
+says what all of them hash to: what is on disk is hashed first, so that the hash is of every byte. If it
+is not right in the end, all of it is fetched anew. Without such a hash nothing would tell a mix of two
+versions from the image, and all is fetched again at once.
 """
 
 import asyncio
-import contextlib
-import errno
-import hashlib
-import hmac
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
-from hostler_precache.images import Image, SourceHash, Verification
+from hostler_common import logs
+from hostler_precache.images import Image, Verification
 from hostler_precache.sources import conversion, inspection
+from hostler_precache.sources.arrival import Arriving, Writer
 from hostler_precache.sources.plugins import Fetcher
-from hostler_precache.sources.source import Hole, Part, Source, SourceError
+from hostler_precache.sources.source import Hole, Source, SourceError
 from hostler_precache.transfer import manifest, pieces
 from hostler_precache.transfer.manifest import Manifest
 
-_ZEROS: Final = bytes(64 * 1024)
 # of a hole, what is hashed in one step off the loop: a step cannot be cancelled
 _HOLE_STEP_BYTES: Final = 64 * 1024 * 1024
+# why a source may have the same bytes still, and what came of them be of use
+_INTERRUPTIONS: Final = frozenset(
+    {"source.truncated", "source.unreachable", "source.refused", "source.range_ignored"}
+)
+
+
+log = logs.get(__name__)
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,33 +50,14 @@ class Fetched:
     """An image on the seed's disk, with its manifest and how far it could be checked.
 
     `disk_format` is that of the bytes there, which is not the source's where they were converted.
+    Of the source's bytes, `received_bytes` came, and `left_bytes` were there from an attempt before.
     """
 
     manifest: Manifest
     verification: Verification
     disk_format: str
-
-
-class Arriving:
-    """A file that is being written, and the digests of its pieces that are whole, in its order.
-
-    It has its full size from the start: what has not come is a hole.
-    """
-
-    def __init__(self, path: Path, *, size_bytes: int, hasher: manifest.Hasher) -> None:
-        self.path = path
-        self.size_bytes = size_bytes
-        self.piece_bytes = hasher.piece_bytes
-        self.known = 0
-        self._hasher = hasher
-
-    def came(self) -> None:
-        """All bytes that were hashed are in the file."""
-        self.known = self._hasher.known
-
-    def digests(self, first: int) -> bytes:
-        """Of the pieces from number `first` on that are whole, and in the file."""
-        return self._hasher.digests(first, self.known)
+    received_bytes: int
+    left_bytes: int
 
 
 class FetchProgress:
@@ -92,20 +85,43 @@ async def fetch(
     reserve_bytes: int = 0,
     progress: FetchProgress | None = None,
     convert_to_raw: bool = True,
+    told: bytes = b"",
 ) -> Fetched:
     """The image is at `path`, complete, synced, as its source says it should be, and safe to boot from.
+
+    An attempt that is interrupted leaves what has come beside `path`, for the next one to go on with
+    or for `discard`.
+
+    Args:
+        fetcher: which opens it.
+        image: which.
+        path: where.
+        reserve_bytes: what is to stay free on that disk.
+        progress: what is told of how far it is.
+        convert_to_raw: whether a disk in another shape becomes a raw one.
+        told: the digests of pieces that others were told of in attempts before: what is left of
+            those is believed as far as it has these.
 
     Raises:
         SourceError: the source failed, or its bytes are not what it says, or not what may be
             served; nothing is at `path`.
         pieces.PieceStoreError: the disk refused; nothing is at `path`.
     """
-    part, staged = path.with_name(path.name + ".part"), path.with_name(path.name + ".raw")
+    part, staged = _part_of(path), path.with_name(path.name + ".raw")
+    goes_on = True  # until the source is known
     try:
         is_as_it_is = not (convert_to_raw and inspection.is_shaped(image.disk_format))
+        await asyncio.to_thread(_make_ready, path, staged, is_as_it_is)
         async with fetcher.open(image) as source:
+            goes_on = _goes_on(source, image)
             writer = await _receive(
-                source, image, part, reserve_bytes, progress or FetchProgress(), is_as_it_is
+                source,
+                image,
+                part,
+                reserve_bytes=reserve_bytes,
+                progress=progress or FetchProgress(),
+                is_as_it_is=is_as_it_is,
+                told=told,
             )
         try:
             found = await asyncio.to_thread(inspection.inspect, part, image.disk_format)
@@ -121,21 +137,61 @@ async def fetch(
                 described = await asyncio.to_thread(_install, part, path, writer.manifest)
         except OSError as exc:
             raise pieces.PieceStoreError(f"{path}: {exc.strerror}") from exc
-        return Fetched(manifest=described, verification=writer.verification, disk_format=found)
+        return Fetched(
+            manifest=described,
+            verification=writer.verification,
+            disk_format=found,
+            received_bytes=writer.size_bytes - writer.left_bytes,
+            left_bytes=writer.left_bytes,
+        )
+    except BaseException as exc:
+        if not (goes_on and _is_interruption(exc)):
+            discard(path)
+        raise
     finally:
-        for left in (part, staged):
-            with contextlib.suppress(FileNotFoundError):
-                left.unlink()
+        staged.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """What an interrupted fetch left for the next attempt is gone."""
+    _part_of(path).unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _make_ready(path: Path, staged: Path, is_as_it_is: bool) -> None:
+    """What a killed process left takes no room, and what it had made whole is what is gone on with."""
+    try:
+        staged.unlink(missing_ok=True)  # half of a converted disk
+        if is_as_it_is and path.exists() and not _part_of(path).exists():
+            path.replace(_part_of(path))
+    except OSError as exc:
+        raise pieces.PieceStoreError(f"{path}: {exc.strerror}") from exc
+
+
+def _goes_on(source: Source, image: Image) -> bool:
+    """Whether a fetch of it may be in two parts: there is a hash of every byte, and they come from anywhere."""
+    return source.skip is not None and (image.source_hash is not None or bool(source.parts))
+
+
+def _is_interruption(exc: BaseException) -> bool:
+    if isinstance(exc, SourceError):
+        return exc.is_transient and exc.reason in _INTERRUPTIONS
+    return isinstance(exc, asyncio.CancelledError)
 
 
 async def _receive(
     source: Source,
     image: Image,
     part: Path,
+    *,
     reserve_bytes: int,
     progress: FetchProgress,
     is_as_it_is: bool,
-) -> "_Writer":
+    told: bytes,
+) -> Writer:
     """Everything the source has is in the file, and is what the source says it is."""
     size_bytes = source.size_bytes
     if None not in (image.size_bytes, size_bytes) and image.size_bytes != size_bytes:
@@ -146,18 +202,82 @@ async def _receive(
     known = image.size_bytes if size_bytes is None else size_bytes
     needed = source.allocated_bytes if source.allocated_bytes is not None else known or 0
     await asyncio.to_thread(_require_room, part, needed, reserve_bytes)
-    writer = await asyncio.to_thread(_Writer, part, image, known, source.parts)
+
+    def writer_of(left_bytes: int) -> Writer:
+        return Writer(
+            part, image, known, source.parts, is_as_it_is=is_as_it_is, left_bytes=left_bytes
+        )
+
+    left_bytes = 0
+    if _goes_on(source, image):
+        left_bytes = await asyncio.to_thread(_left_bytes, part, known, told, is_as_it_is)
+    writer = await asyncio.to_thread(writer_of, left_bytes)
     try:
+        if left_bytes and not await _goes_on_after(left_bytes, writer, source, told):
+            await asyncio.to_thread(writer.close)
+            writer = await asyncio.to_thread(writer_of, 0)
         if is_as_it_is:
             progress.arriving = await asyncio.to_thread(writer.begin)
+        progress.came(writer.left_bytes)
         async for chunk in source.chunks:
             # written and hashed off the loop: both release the interpreter lock
             for step in _steps(chunk):
-                progress.came(await asyncio.to_thread(writer.take, step))
-        await asyncio.to_thread(writer.finish)
+                progress.came(await _in_thread(partial(writer.take, step)))
+        await _in_thread(writer.finish)
+    except SourceError as exc:
+        if writer.left_bytes and exc.reason == "source.hash_mismatch":
+            # of one attempt or the other: the next one begins from the start
+            raise SourceError(exc.reason, exc.detail, is_transient=True) from exc
+        raise
     finally:
         await asyncio.to_thread(writer.close)
     return writer
+
+
+def _left_bytes(part: Path, size_bytes: int | None, told: bytes, is_as_it_is: bool) -> int:
+    """How many of the first bytes of the image are in the file, as far as can be said without reading it."""
+    try:
+        there = part.stat().st_size
+    except OSError:
+        return 0
+    if not is_as_it_is or size_bytes is None:  # written at its end only
+        return there if size_bytes is None else min(there, size_bytes)
+    if there != size_bytes:
+        return 0
+    piece_bytes = manifest.piece_bytes_for(size_bytes)
+    whole = min(len(told) // manifest.DIGEST_BYTES, size_bytes // piece_bytes)
+    return whole * piece_bytes
+
+
+async def _goes_on_after(left_bytes: int, writer: Writer, source: Source, told: bytes) -> bool:
+    """Whether the writer has taken what is there, and the source begins after it; else it begins at its start."""
+    assert source.skip is not None
+    if not await source.skip(left_bytes):  # known before 50 GB are read for nothing
+        return False
+    try:
+        while (chunk := await _in_thread(writer.read_left)) is not None:
+            for step in _steps(chunk):
+                await _in_thread(partial(writer.take, step, is_there=True))
+        if writer.size_bytes == left_bytes and writer.begins_with(told):
+            return True
+    except (
+        SourceError,
+        pieces.PieceStoreError,
+    ) as exc:  # a part of it is another by now, or not to be read
+        log.info("left_bytes_are_of_no_use", reason=str(exc))
+    await source.skip(0)
+    return False
+
+
+async def _in_thread(call: Callable[[], ResultT]) -> ResultT:
+    """What a call gives that uses the file; when cancelled, only after it is done with that."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        running.exception()  # nobody asks for it any more
+        raise
 
 
 def _steps(chunk: bytes | Hole) -> Sequence[bytes | Hole]:
@@ -172,9 +292,12 @@ def _require_room(part: Path, size_bytes: int, reserve_bytes: int) -> None:
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         volume = os.statvfs(part.parent)
+        there = (
+            part.stat().st_blocks * 512 if part.exists() else 0
+        )  # gone on with, or written over
     except OSError as exc:
         raise pieces.PieceStoreError(f"{part.parent}: {exc.strerror}") from exc
-    free = volume.f_bavail * volume.f_frsize
+    free = volume.f_bavail * volume.f_frsize + there
     if free < size_bytes + reserve_bytes:
         raise pieces.NoSpaceError(
             f"{size_bytes} bytes are needed and {reserve_bytes} kept free, {free} are there"
@@ -198,171 +321,3 @@ def _install(made: Path, path: Path, described: Manifest | None) -> Manifest:
     finally:
         os.close(directory)
     return described
-
-
-class _Hash:
-    """A hash of a run of bytes, to be compared with what the source says of it."""
-
-    def __init__(self, claimed: SourceHash) -> None:
-        self._claimed = claimed
-        self._digest: Any = hashlib.new(claimed.algorithm, usedforsecurity=False)
-
-    def update(self, chunk: bytes | memoryview) -> None:
-        self._digest.update(chunk)
-
-    def check(self, what: str) -> None:
-        if not hmac.compare_digest(self._digest.hexdigest(), self._claimed.value):
-            raise SourceError(
-                "source.hash_mismatch",
-                f"the {self._claimed.algorithm} of {what} is not the one that the source names",
-            )
-
-
-class _Parts:
-    """The hashes of consecutive runs of the stream, one at a time."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        # a run of no bytes says nothing
-        self._left = [part for part in reversed(parts) if part.length_bytes]
-        self._current: _Hash | None = None
-        self._wanted = self._number = 0
-
-    def update(self, chunk: bytes) -> None:
-        view = memoryview(chunk)
-        while view:
-            if self._current is None:
-                if not self._left:
-                    raise SourceError(
-                        "source.size_mismatch", "more bytes came than the parts have"
-                    )
-                part = self._left.pop()
-                self._current, self._wanted = _Hash(part.source_hash), part.length_bytes
-                self._number += 1
-            taken = view[: self._wanted]
-            self._current.update(taken)
-            self._wanted -= len(taken)
-            view = view[len(taken) :]
-            if not self._wanted:
-                self._current.check(f"part {self._number}")
-                self._current = None
-
-
-class _Writer:
-    """The file being written, and the hashes of it. Every method blocks."""
-
-    def __init__(
-        self, part: Path, image: Image, size_bytes: int | None, parts: Sequence[Part]
-    ) -> None:
-        self._part = part
-        self._expected = size_bytes
-        self._size = 0
-        self._whole = _Hash(image.source_hash) if image.source_hash is not None else None
-        self._parts = _Parts(parts) if parts and self._whole is None else None
-        self.verification = Verification.UNVERIFIABLE
-        if image.source_hash is not None:
-            self.verification = image.source_hash.verification
-        elif parts:
-            self.verification = Verification.CHECKSUM
-        self.manifest: Manifest | None = None
-        # the size decides how large pieces are; where it is not known, they are cut afterwards
-        self._hasher = (
-            None if size_bytes is None else manifest.Hasher(manifest.piece_bytes_for(size_bytes))
-        )
-        try:
-            self._fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        except OSError as exc:
-            raise pieces.PieceStoreError(f"{part}: {exc.strerror}") from exc
-
-    def begin(self) -> Arriving | None:
-        """What there is to see of the file while it is written; None where its size is not known."""
-        if not self._expected or self._hasher is None:
-            return None
-        try:
-            os.ftruncate(self._fd, self._expected)
-        except OSError as exc:
-            raise _disk_refused(self._part, exc) from exc
-        return Arriving(self._part, size_bytes=self._expected, hasher=self._hasher)
-
-    def take(self, chunk: bytes | Hole) -> int:
-        """The next bytes are written and hashed; how many they were."""
-        length = chunk.length_bytes if isinstance(chunk, Hole) else len(chunk)
-        limit = manifest.MAX_IMAGE_BYTES if self._expected is None else self._expected
-        if self._size + length > limit:
-            raise SourceError("source.size_mismatch", f"more than {limit} bytes came")
-        if isinstance(chunk, Hole):
-            self._take_zeros(length)
-        else:
-            if self._whole is not None:
-                self._whole.update(chunk)
-            if self._parts is not None:
-                self._parts.update(chunk)
-            self._write(chunk)
-        self._size += length
-        return length
-
-    def _take_zeros(self, length: int) -> None:
-        if self._hasher is not None:
-            self._hasher.update_zeros(length)
-        for digest in (self._whole, self._parts):
-            left = length if digest is not None else 0
-            while digest is not None and left:
-                digest.update(_ZEROS[:left])
-                left -= min(left, len(_ZEROS))
-
-    def _write(self, chunk: bytes) -> None:
-        """Runs of blocks of zeros are left out of the file: they are holes."""
-        view = memoryview(chunk)
-        begun = at = 0  # of the run of data that is not written yet
-        while at < len(chunk):
-            length = min(len(chunk) - at, len(_ZEROS) - (self._size + at) % len(_ZEROS))
-            if chunk.startswith(_ZEROS[:length], at):
-                self._write_data(view[begun:at], begun)
-                if self._hasher is not None:
-                    self._hasher.update_zeros(length)
-                begun = at + length
-            at += length
-        self._write_data(view[begun:], begun)
-
-    def _write_data(self, data: memoryview, at: int) -> None:
-        if self._hasher is not None:
-            self._hasher.update(data)
-        offset = self._size + at
-        try:
-            while data:
-                written = os.pwrite(self._fd, data, offset)
-                data, offset = data[written:], offset + written
-        except OSError as exc:
-            raise _disk_refused(self._part, exc) from exc
-
-    def finish(self) -> None:
-        """All that came is what the source says it is.
-
-        Raises:
-            SourceError: it is not.
-        """
-        if self._expected is not None and self._size != self._expected:
-            raise SourceError(
-                "source.truncated",
-                f"{self._size} of {self._expected} bytes came",
-                is_transient=True,
-            )
-        if self._whole is not None:
-            self._whole.check("the bytes")
-        try:
-            os.ftruncate(self._fd, self._size)  # the last bytes may be a hole
-        except OSError as exc:
-            raise _disk_refused(self._part, exc) from exc
-        self.manifest = self._hasher.finish() if self._hasher is not None else None
-
-    def close(self) -> None:
-        """The file is closed."""
-        os.close(self._fd)
-
-
-def _disk_refused(part: Path, exc: OSError) -> pieces.PieceStoreError:
-    kind = (
-        pieces.NoSpaceError
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT)
-        else pieces.PieceStoreError
-    )
-    return kind(f"{part}: {exc.strerror}")

@@ -3,7 +3,8 @@
 Each opens one sequential stream. One that breaks off over HTTP goes on with a range from where it
 was, but only as far as the server proves that it does: a 206 for exactly the rest of a body of the
 same size and the same validator. Glance serves ranges only from some of its stores, and some old
-stores answer a range with the whole image; what cannot go on is begun again from its start.
+stores answer a range with the whole image; what cannot go on is begun again from its start. In the
+same way a stream begins somewhere else than at its start (`Source.skip`).
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from hostler_precache.images import Image, SourceHash
+from hostler_precache.sources import sparse
 from hostler_precache.sources.access import Service
 from hostler_precache.sources.plugins import Surroundings
 from hostler_precache.sources.source import Hole, Part, Source, SourceError
@@ -34,6 +36,8 @@ _AS_IT_IS: Final = {"Accept-Encoding": "identity"}
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\Z")
 _MD5: Final = re.compile(r'"?([0-9a-f]{32})"?\Z')
 
+# the server has answered, and gives no range
+_NO_RANGE: Final = frozenset({"source.truncated", "source.range_ignored"})
 # the server is away or busy: it may yet go on with the same bytes
 _WAIT_FOR: Final = frozenset({"source.unreachable", "source.refused"})
 
@@ -144,11 +148,19 @@ class FileFetcher:
             raise SourceError("source.unreadable", f"{path}: {exc.strerror}") from exc
         try:
             status = await asyncio.to_thread(os.fstat, fd)
+            offset = 0
+
+            async def skip(to: int) -> bool:
+                nonlocal offset
+                offset = to
+                return True
 
             async def chunks() -> AsyncIterator[bytes | Hole]:
-                offset = 0
+                nonlocal offset
                 try:
-                    while piece := await asyncio.to_thread(_read, fd, offset, status.st_size):
+                    while piece := await asyncio.to_thread(
+                        sparse.read, fd, offset, status.st_size
+                    ):
                         offset += piece.length_bytes if isinstance(piece, Hole) else len(piece)
                         yield piece
                     now = await asyncio.to_thread(os.fstat, fd)
@@ -163,6 +175,7 @@ class FileFetcher:
                 size_bytes=status.st_size,
                 allocated_bytes=min(status.st_size, status.st_blocks * 512),
                 chunks=chunks(),
+                skip=skip,
             )
         finally:
             await asyncio.to_thread(os.close, fd)
@@ -177,22 +190,6 @@ class FileFetcher:
         if not path.is_file():
             raise SourceError("source.not_found", f"{location!r} is not a file")
         return path
-
-
-def _read(fd: int, offset: int, size_bytes: int) -> bytes | Hole | None:
-    """The next chunk, or the hole that is there; None at the end."""
-    if offset >= size_bytes:
-        return None
-    try:
-        data = os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError:  # ENXIO: a hole to the end, unless the file was cut
-        if os.fstat(fd).st_size < size_bytes:
-            return None
-        data = size_bytes
-    if data > offset:
-        return Hole(length_bytes=min(data, size_bytes) - offset)
-    end = min(offset + CHUNK_BYTES, size_bytes, os.lseek(fd, offset, os.SEEK_HOLE))
-    return os.pread(fd, end - offset, offset) or None
 
 
 def _asking(service: Service, path: str) -> Ask:
@@ -211,6 +208,7 @@ class _Download:
         self._has_hash = image.source_hash is not None
         self._is_empty = image.size_bytes == 0
         self._stack = AsyncExitStack()
+        self._begin = 0
 
     async def __aenter__(self) -> Self:
         try:
@@ -240,10 +238,43 @@ class _Download:
 
     def source(self, parts: Sequence[Part] = ()) -> Source:
         """The stream; there is one."""
-        return Source(size_bytes=self.size_bytes, chunks=self._chunks(), parts=parts)
+        return Source(
+            size_bytes=self.size_bytes,
+            chunks=self._chunks(),
+            parts=parts,
+            skip=None if self.size_bytes is None else self._skip,
+        )
+
+    async def _skip(self, to: int) -> bool:
+        """See `Source.skip`."""
+        assert self.size_bytes is not None
+        if to == 0:
+            await self._open_again()
+        elif to < self.size_bytes:
+            await self._stack.aclose()
+            try:
+                await self._resume(to, None)
+            except SourceError as exc:
+                if exc.reason not in _NO_RANGE:
+                    raise
+                is_whole = self._response.status == 200
+                if not is_whole or self._response.content_length != self.size_bytes:
+                    await self._open_again()
+                return False
+        self._begin = to
+        return True
+
+    async def _open_again(self) -> None:
+        await self._stack.aclose()
+        opened = (self.size_bytes, self._validator)
+        await self._open()
+        if (self.size_bytes, self._validator) != opened:
+            raise _changed()
 
     async def _chunks(self) -> AsyncIterator[bytes | Hole]:
-        done = failures = 0
+        done, failures = self._begin, 0
+        if done and done == self.size_bytes:
+            return
         broken: BaseException | None = None
         while True:
             try:
@@ -292,9 +323,7 @@ class _Download:
         status = self._response.status
         validator = _validator(self._response.headers)
         if status in (200, 206) and self._validator is not None and validator != self._validator:
-            raise SourceError(
-                "source.changed", "the source has other bytes now than before", is_transient=True
-            )
+            raise _changed()
         if status in (200, 400, 416, 501):  # no ranges here: Glance says 400 for most stores
             raise _broke_off(done, self.size_bytes, broken)
         if status != 206:
@@ -319,6 +348,12 @@ def _validator(headers: Mapping[str, str]) -> str | None:
     """What `If-Range` takes: a strong entity tag, else the time of the last change."""
     tag = headers.get("ETag")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified")
+
+
+def _changed() -> SourceError:
+    return SourceError(
+        "source.changed", "the source has other bytes now than before", is_transient=True
+    )
 
 
 def _broke_off(done: int, size_bytes: int | None, cause: BaseException | None) -> SourceError:

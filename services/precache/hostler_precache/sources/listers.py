@@ -44,8 +44,10 @@ class ListedImage(_Options):
         """The domain's image.
 
         Raises:
-            ValueError: the hash is not one.
+            ValueError: the hash is not one, or nobody says which.
         """
+        if bool(self.os_hash_algo) != bool(self.os_hash_value):
+            raise ValueError("os_hash_algo and os_hash_value are named together, or neither is")
         return Image(
             image_id=images.image_id(self.image_id),
             fetcher=self.fetcher,

@@ -1,6 +1,6 @@
 """The words of where bytes come from: an opened source, its holes, what it says of its parts, and why it failed."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from hostler_precache.images import SourceHash
@@ -37,9 +37,14 @@ class Source:
 
     `allocated_bytes` is how much of it is not holes, where that is known. `parts`, where there are
     any, cover the whole stream in order; whoever reads the stream checks them.
+
+    `skip(n)`, called before the first chunk is asked for, lets the stream begin at byte n; False where
+    the source gives it from its start only, which it does then. `skip(0)` takes it back. It raises
+    `SourceError`.
     """
 
     size_bytes: int | None
     chunks: AsyncIterator[bytes | Hole]
     allocated_bytes: int | None = None
     parts: Sequence[Part] = ()
+    skip: Callable[[int], Awaitable[bool]] | None = None

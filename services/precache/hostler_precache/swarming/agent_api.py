@@ -26,6 +26,8 @@ from hostler_precache.swarming.swarm_store import SwarmStore
 from hostler_precache.swarming.tracker import Tracker, desired_image
 from hostler_precache.transfer.manifest import DIGEST_BYTES, MAX_PIECES, BlobId
 
+# digests in one answer: more, and making it would hold up whoever else asks
+TOLD_AT_ONCE = 8192
 router = APIRouter(prefix="/v1")
 _HOST = re.compile(protocol.HOST_PATTERN.removesuffix("$"))
 
@@ -92,7 +94,9 @@ async def report(
     for blob in body.blobs:
         blob_id = BlobId(blob.blob_id)
         if not blob.state.is_final:
-            await tracker.heard(host, body, blob_id)
+            if not await tracker.heard(host, body, blob_id):
+                look_again = True  # then it learns that it should not
+                continue
             news = await tracker.news(host, blob_id, blob)
             if news is not None:
                 asked[blob.blob_id] = news
@@ -125,19 +129,21 @@ async def growth(
 ) -> protocol.Growth:
     """The digests of a blob's pieces from number `after` on, `most` of them, also while it is fetched.
 
-    The answer waits a moment for more to come. 404 means that what is here of the blob is nothing.
+    The answer waits a moment for more to come, and has no root while there are more to ask for. 404
+    means that what is here of the blob is nothing.
     """
     await _wanted_by(caller, swarms, blob_id)
-    found = await growths.ask(blob_id, after=after)
-    told = found.digests[: most * DIGEST_BYTES]
-    is_all = found.root is not None and len(told) == len(found.digests)
+    most = min(most, TOLD_AT_ONCE)
+    found = await growths.ask(blob_id, after=after, most=most)
+    is_cut = len(found.digests) == most * DIGEST_BYTES
+    members = tracker.members(BlobId(str(blob_id)))
     return protocol.Growth(
         size_bytes=found.size_bytes,
         piece_bytes=found.piece_bytes,
         first_piece=found.first_piece,
-        digests=base64.b64encode(told).decode("ascii"),
-        root=found.root.hex() if found.root is not None and is_all else None,
-        pause_seconds=pause_seconds(tracker.members(BlobId(str(blob_id)))),
+        digests=base64.b64encode(found.digests).decode("ascii"),
+        root=found.root.hex() if found.root is not None else None,
+        pause_seconds=0.0 if is_cut else pause_seconds(members),
     )
 
 

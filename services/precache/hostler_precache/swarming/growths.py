@@ -13,7 +13,7 @@ from uuid import UUID
 
 from hostler_precache.distribution.distributions import Growth
 from hostler_precache.store import BlobNotFound, Store
-from hostler_precache.transfer.manifest import DIGEST_BYTES
+from hostler_precache.transfer.manifest import DIGEST_BYTES, MAX_PIECES
 
 READ_SECONDS: Final = 0.1
 WAIT_SECONDS: Final = 2.0
@@ -45,10 +45,11 @@ class Growths:
         self._store = store
         self._known: dict[UUID, _Known] = {}
 
-    async def ask(self, blob_id: UUID, *, after: int) -> Growth:
+    async def ask(self, blob_id: UUID, *, after: int, most: int = MAX_PIECES) -> Growth:
         """What there is to know of the blob's pieces from number `after` on, as soon as there is any.
 
-        Nothing, and no root, when nothing has come for a while.
+        Of `most` pieces, and the root with the last of all. Nothing, and no root, when nothing has come
+        for a while.
 
         Raises:
             BlobNotFound: the blob is not served, or not any more: what hosts have of it is nothing.
@@ -56,9 +57,11 @@ class Growths:
         until = time.monotonic() + WAIT_SECONDS
         while True:
             growth = await self._current(blob_id)
-            new = growth.digests[after * DIGEST_BYTES :]
+            new = growth.digests[after * DIGEST_BYTES : (after + most) * DIGEST_BYTES]
             if new or growth.root is not None or time.monotonic() >= until:
-                return replace(growth, first_piece=after, digests=new)
+                is_all = (after + most) * DIGEST_BYTES >= len(growth.digests)
+                root = growth.root if is_all else None
+                return replace(growth, first_piece=after, digests=new, root=root)
             await asyncio.sleep(READ_SECONDS)
 
     async def _current(self, blob_id: UUID) -> Growth:

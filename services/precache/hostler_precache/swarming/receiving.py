@@ -97,7 +97,7 @@ class Receiver:
         self._rng = rng
         self._name = name
         self._heard_outside = 0
-        self._importable = self._claimed = 0
+        self._importable = self._claimed = self._waited = 0
         self._held: list[tuple[float, int]] = []
         self._sources: dict[str, Source] = {}
         self._out: set[Request] = set()
@@ -149,8 +149,9 @@ class Receiver:
             self.picker.neighbour_has(source.name, news.have, in_rack=source.in_rack)
         if not news.coming or not source.in_rack:
             return 0
-        # what it has told itself comes back to it
-        new = self.picker.coming(news.coming & ~self._claimed)
+        # what it has told itself comes back to it; and each is waited for once: who told it may have lied
+        new = self.picker.coming(news.coming & ~(self._claimed | self._waited))
+        self._waited |= new
         if new:
             patience = COMING * self._usual_seconds or FIRST_COMING_SECONDS
             self._coming.append((now + patience, new))

@@ -4,12 +4,13 @@ A report is answered once it is committed. Of two reports of one run of an agent
 meant, in whichever order they come.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hostler_common import db
 from hostler_precache import protocol
 from hostler_precache.distribution import endings
 from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.distributions import DistributionId
 from hostler_precache.store import Store
 from hostler_precache.swarming.gathering import Gathering
 from hostler_precache.swarming.swarm_store import SwarmStore
@@ -38,10 +39,19 @@ def _is_overtaken(report: protocol.HostReport, by: protocol.HostReport) -> bool:
 class Reports:
     """The writer of one replica; `run` it."""
 
-    def __init__(self, store: Store, distributions: DistributionStore, swarms: SwarmStore) -> None:
+    def __init__(
+        self,
+        store: Store,
+        distributions: DistributionStore,
+        swarms: SwarmStore,
+        *,
+        on_done: Callable[[Sequence[DistributionId]], None],
+    ) -> None:
+        """Nothing waits to be written yet; `on_done` is told of distributions whose last host has ended."""
         self._store = store
         self._distributions = distributions
         self._swarms = swarms
+        self._on_done = on_done
         self._gathering = Gathering(self._store_some)
 
     async def put(self, host: str, report: protocol.HostReport) -> None:
@@ -69,4 +79,5 @@ class Reports:
                     connection, self._distributions, ended=ended, finished=finished
                 )
                 await self._store.announce(connection, events)
+        self._on_done(finished)
         return [None] * len(reports)

@@ -169,11 +169,12 @@ class SwarmStore:
         return {row["host"]: row["image_ids"] for row in rows}
 
     async def has_blob(self, host: str, blob_id: UUID) -> bool:
-        """Whether some distribution wants the blob on the host."""
+        """Whether some distribution wants the blob on the host, and it is its turn."""
         async with db.connection(self._pool) as connection:
             found = await connection.fetchval(
                 "SELECT EXISTS (SELECT 1 FROM distribution d JOIN distribution_host h"
-                "     USING (distribution_id) WHERE d.blob_id = $1 AND h.host = $2)",
+                "     USING (distribution_id) WHERE d.blob_id = $1 AND h.host = $2"
+                "       AND d.state IN ('distributing', 'done') AND h.wave <= d.wave)",
                 blob_id,
                 host,
             )
@@ -423,7 +424,7 @@ class SwarmStore:
     # --- swarms
 
     async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
-        """Who has the blob or is told to get it, of those heard of lately, and under which limits."""
+        """Who has the blob or is told to get it, who of them was heard of lately, and under which limits."""
         async with db.transaction(self._pool) as connection:
             seed_url = await connection.fetchval(
                 "SELECT seed_url FROM blob WHERE blob_id = $1 AND is_served", UUID(blob_id)
@@ -436,6 +437,7 @@ class SwarmStore:
             )
             rows = connection.cursor(
                 "SELECT host.host, host.url, host.labels->>'rack' AS rack,"
+                "   host.seen_at > now() - make_interval(secs => $2) AS is_there,"
                 "   bool_or(h.state IN ('waiting', 'transferring')) AS is_moving,"
                 "   array_agg(d.distribution_id) AS distribution_ids"
                 " FROM distribution d JOIN distribution_host h USING (distribution_id)"
@@ -443,7 +445,6 @@ class SwarmStore:
                 " WHERE d.blob_id = $1 AND d.state IN ('distributing', 'done')"
                 "   AND h.wave <= d.wave"
                 "   AND h.state NOT IN ('error', 'unsupported', 'skipped')"
-                "   AND host.seen_at > now() - make_interval(secs => $2)"
                 " GROUP BY host.host",
                 UUID(blob_id),
                 within_seconds,
@@ -454,6 +455,7 @@ class SwarmStore:
                     host=row["host"],
                     url=row["url"],
                     rack=row["rack"],
+                    is_there=row["is_there"],
                     is_moving=row["is_moving"],
                     distribution_ids=row["distribution_ids"],
                 )

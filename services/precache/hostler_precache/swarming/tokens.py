@@ -2,13 +2,15 @@
 
 Precache mints them with a key that it makes for each blob; whoever serves the blob knows the key
 and checks a token without asking anybody. No agent ever holds a credential of the cloud.
-The distribution is inside, so a sender can say which distribution its bytes went to.
+The distribution is inside, so a sender can say which distribution its bytes went to. Whoever serves
+a blob could sign anything, so what is signed is still read as a stranger's.
 """
 
 import base64
 import binascii
 import hashlib
 import hmac
+import uuid
 from dataclasses import dataclass
 from typing import Final
 
@@ -50,8 +52,11 @@ def verify(token: str, key: bytes, *, blob_id: str, now: float) -> Grant:
     try:
         given = base64.urlsafe_b64decode(mac + "=" * (-len(mac) % 4))
         expires_at = int(expires)
+        is_id = str(uuid.UUID(distribution)) == distribution
     except (binascii.Error, ValueError) as exc:
         raise TokenError("the token is malformed") from exc
+    if not is_id:  # what is sent for it is told to precache under that id
+        raise TokenError("the token is malformed")
     if not hmac.compare_digest(given, _mac(f"{blob}.{distribution}.{expires}", key)):
         raise TokenError("the token is not signed with the key of this swarm")
     if blob != blob_id:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Final
+from uuid import UUID
 
 from hostler_common.bus import Message
 from hostler_precache import messages, protocol
@@ -83,7 +84,7 @@ def cache_call(
         "blob_id": blob.blob_id,
         "root": blob.root.hex() if blob.root is not None else None,
         "size_bytes": blob.size_bytes,
-        "seeds": [blob.seed_url],
+        "seeds": [] if blob.seed_url is None else [blob.seed_url],
         "token": grant(blob, distribution_id, token_seconds=token_seconds),
     }
     if public_url is not None:
@@ -138,8 +139,10 @@ class _Swarm:
             if number % MEMBERS_AT_ONCE == 0:
                 await asyncio.sleep(0)
             host = member.host
-            urls[host], racks[host] = member.url, member.rack
             rules[host] = member.distribution_ids
+            if not member.is_there:
+                continue
+            urls[host], racks[host] = member.url, member.rack
             if member.is_moving:
                 moving.update(member.distribution_ids)
             if self._urls.get(host) != member.url or self._racks.get(host, "") != member.rack:
@@ -171,6 +174,10 @@ class _Swarm:
         if not self.is_moving:
             return IDLE_SECONDS
         return len(self._urls) / MEMBERS_READ_PER_SECOND
+
+    def is_member(self, host: str) -> bool:
+        """Whether the blob is wanted on the host, as far as is known here."""
+        return host in self._rules or host in self._urls
 
     def add(self, host: str, url: str, rack: str | None) -> None:
         """A host has joined since the record was read."""
@@ -271,14 +278,23 @@ class Tracker:
         is_halted = (await self._known(blob_id)).is_halted(host)
         return is_halted is None or is_halted != (told.reason == protocol.PAUSED)
 
-    async def heard(self, host: str, report: protocol.HostReport, blob_id: BlobId) -> None:
-        """A host has told of a blob that it has or is getting: others may be sent to it at once."""
+    async def heard(self, host: str, report: protocol.HostReport, blob_id: BlobId) -> bool:
+        """A host has told of a blob that it is getting: others may be sent to it at once, if it should.
+
+        Returns:
+            Whether it should; whoever is sent to it shows it a token.
+        """
+        begun = self._swarms.get(blob_id)
+        is_member = begun is not None and begun.is_member(host)
+        if not is_member and not await self._store.has_blob(host, UUID(blob_id)):
+            return False
         known = await self._known(blob_id)
         if not known.is_moving:
             async with known.lock:  # another replica was told of what this host begins with
                 if time.monotonic() - known.read_at > MOVING_SECONDS:
                     await known.take(await self._read(blob_id))
         known.add(host, report.url, report.labels.get("rack"))
+        return True
 
     def members(self, blob_id: BlobId) -> int:
         """How many hosts are known to be in the swarm of the blob, as far as anybody has asked."""

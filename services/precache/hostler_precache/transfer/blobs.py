@@ -40,6 +40,8 @@ SPREAD_SECONDS: Final = 2.0
 SLOWEST_BYTES_PER_SECOND: Final = 128 * 1024
 _SEND_FLOOR_SECONDS: Final = 20.0
 REMEMBERED_TOKENS: Final = 1024
+# of one blob; whoever names more makes them up
+COUNTED_DISTRIBUTIONS: Final = 1000
 KEPT_FILES: Final = 8
 _TLS_CHUNK_BYTES: Final = 256 * 1024
 _BELOW: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
@@ -198,6 +200,12 @@ class Blob:
                 self._grants.clear()
             self._grants[token] = grant
         return grant
+
+    def add_sent(self, distribution_id: str, sent_bytes: int) -> None:
+        """So many bytes have left for the distribution."""
+        is_known = distribution_id in self.sent_bytes
+        if is_known or len(self.sent_bytes) < COUNTED_DISTRIBUTIONS:
+            self.sent_bytes[distribution_id] += sent_bytes
 
     async def tell(self, watcher: Watcher) -> None:
         """The watcher is told what is here, and from then on what is added or claimed, until it has ended."""
@@ -390,7 +398,7 @@ class BlobServer:
             finally:
                 # the position is after the last byte that was handed to the connection
                 count = max(0, file.tell() - span.start)
-                blob.sent_bytes[grant.distribution_id] += count
+                blob.add_sent(grant.distribution_id, count)
                 self._on_sent(count)
         await response.write_eof()
         return response

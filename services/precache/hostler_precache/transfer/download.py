@@ -82,7 +82,7 @@ class Download:
             host: this host's name, as its neighbours know it.
             clock: monotonic seconds.
             received: totals of earlier attempts, to be added to.
-            on_received: called with "seed", "peer" or "wasted" and a count of bytes.
+            on_received: called with "seed", "rack", "outside" or "wasted" and a count of bytes.
         """
         self._blob = blob
         self._store = store
@@ -240,7 +240,7 @@ class Download:
             data = await self._fetch(request, url)
             if data is not None:
                 assert request.piece is not None
-                if isinstance(data, Landing):  # hashed and in its place already
+                if isinstance(data, Landing) and not data.is_spilled:  # hashed, and in its place
                     self._store.write(request.piece, data)
                 else:  # sha256 and pwrite release the interpreter lock
                     await asyncio.to_thread(self._store.write, request.piece, data)
@@ -292,7 +292,7 @@ class Download:
             self._count("wasted", length)
             return
         self._blob.add(piece)
-        self._count("seed" if source.is_seed else "peer", length, in_rack=source.in_rack)
+        self._count("seed" if source.is_seed else "rack" if source.in_rack else "outside", length)
         for loser in losers:
             self._tasks[loser].cancel()
 
@@ -314,13 +314,15 @@ class Download:
             self._stop_following(link)
             log.warning("peer_banned", blob_id=self._blob.blob_id, peer=source.name)
 
-    def _count(self, source: str, count: int, *, in_rack: bool = False) -> None:
+    def _count(self, source: str, count: int) -> None:
         match source:
             case "seed":
                 self.received.from_seed += count
-            case "peer":
+            case "rack":
                 self.received.from_peers += count
-                self.received.from_rack += count if in_rack else 0
+                self.received.from_rack += count
+            case "outside":
+                self.received.from_peers += count
             case _:
                 self.received.wasted += count
         self._on_received(source, count)

@@ -4,6 +4,7 @@ from typing import Final
 from uuid import UUID
 
 from hostler_common import db
+from hostler_precache.store import HELD
 from hostler_precache.transfer.manifest import BlobId
 
 BLOBS_AT_ONCE: Final = 20
@@ -33,14 +34,18 @@ class ReplicaStore:
         return {BlobId(str(row["blob_id"])) for row in rows}
 
     async def blobs_of_the_gone(self, *, silent_seconds: float) -> list[UUID]:
-        """Complete blobs of seeds that were not there for so long, and that hosts wait for; a few."""
+        """Complete blobs that hosts wait for, and nobody sends: neither their seed nor a host; a few.
+
+        Whoever was not there for so long is gone.
+        """
         async with db.connection(self._pool) as connection:
             rows = await connection.fetch(
-                "SELECT blob_id FROM blob JOIN seed USING (seed) WHERE blob.state = 'ready'"
-                "   AND seed.seen_at < now() - make_interval(secs => $1)"
+                "SELECT blob_id FROM blob JOIN seed USING (seed) WHERE blob.state = 'ready'"  # noqa: S608  the clause is ours
+                "   AND CASE WHEN blob.seed_url IS NULL"
+                f"    THEN NOT {HELD} ELSE seed.seen_at < now() - make_interval(secs => $2) END"
                 "   AND EXISTS (SELECT 1 FROM distribution d WHERE d.blob_id = blob.blob_id"
-                "     AND d.state = 'distributing') ORDER BY blob_id LIMIT $2",
-                silent_seconds,
+                "     AND d.state = 'distributing') ORDER BY blob_id LIMIT $1",
                 BLOBS_AT_ONCE,
+                silent_seconds,
             )
         return [row["blob_id"] for row in rows]

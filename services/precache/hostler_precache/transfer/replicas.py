@@ -1,7 +1,8 @@
 """A seed beside other seeds: it says that it is there, and what those that are gone had is fetched again.
 
-A blob is at one seed. When that is silent for long, hosts that still wait for the blob would wait
-for ever: it is given up, and whoever fetches the image next, under another id, serves it to them.
+A blob is at one seed. When that is silent for long, hosts that still wait for the blob get it from
+those that have it. Where none does they would wait for ever: it is given up, and whoever fetches the
+image next, under another id, serves it to them.
 """
 
 import asyncio
@@ -62,9 +63,11 @@ class Replicas:
     async def _give_up(self) -> None:
         silent_seconds = self._silent_seconds
         for blob_id in await self._replicas.blobs_of_the_gone(silent_seconds=silent_seconds):
-            await self._store.blob_lost(BlobId(str(blob_id)), reason=GONE)
+            again = await self._store.blob_lost(
+                BlobId(str(blob_id)), reason=GONE, silent_seconds=silent_seconds
+            )
             self._tracker.forget(BlobId(str(blob_id)))
-            log.warning("blob_of_a_gone_seed", blob_id=str(blob_id))
+            log.warning("blob_of_a_gone_seed", blob_id=str(blob_id), is_fetched_again=again)
 
     async def _withdraw(self) -> None:
         """What others gave up while this seed was silent is served here no more."""

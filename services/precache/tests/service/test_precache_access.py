@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hostler_common import auth, client, errors
+from hostler_precache import __main__ as command_line
 
 
 async def run(*argv: str) -> tuple[int, str, str]:
@@ -82,6 +83,27 @@ async def test_the_command_line_distributes_watches_and_lists(
         code, out, err = await run("distribute", "unknown", *at)
         assert code == 1
         assert "precache.image.not_found" in err
+
+
+async def test_lists_are_read_to_their_end(precache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "PAGE", 2)
+    names = [f"h{number}" for number in range(5)]
+    async with precache() as service:
+        for name in names:
+            report = {"url": "http://a:1", "session_id": "5a0e1d0e-0000-4000-8000-000000000001"}
+            await service.api.put(f"/v1/hosts/{name}/report", report)
+            await service.api.post(
+                "/v1/policies",
+                {"name": name, "options": {"images": []}, "every_seconds": 3600},
+            )
+            image = {"image_id": name, "fetcher": "http", "location": "http://127.0.0.1:1/"}
+            await service.api.post(
+                "/v1/distributions", {"image_id": name, "image": image, "hosts": ["h0"]}
+            )
+        for what, key in (("hosts", "host"), ("policies", "name"), ("distributions", "image_id")):
+            answer = await command_line._all(service.api, what)
+            assert sorted(one[key] for one in answer[what]) == names
+            assert answer["next_marker"] is None
 
 
 async def test_a_wrong_setting_is_named_and_its_value_is_not(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -399,6 +400,24 @@ async def test_a_token_that_was_seen_opens_nothing_once_it_has_expired(
     now = time.time()
     monkeypatch.setattr("hostler_precache.transfer.blobs.time.time", lambda: now + 3601)
     assert (await client.range("0-9", authorization=short))[0] == 403
+
+
+async def test_what_a_liar_names_is_no_distribution_that_bytes_are_counted_for(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, blob = await serve()
+    for name in ("x", "5a0e1d0e", DISTRIBUTION.upper()):
+        grant = tokens.Grant(blob_id=BLOB, distribution_id=name, expires_at=1 << 40)
+        signed = f"Bearer {tokens.mint(grant, KEY)}"
+        assert (await client.range("0-9", authorization=signed))[0] == 403
+    assert blob.sent_bytes == {}
+    monkeypatch.setattr(blobs, "COUNTED_DISTRIBUTIONS", 3)
+    for number in range(9):
+        name = str(uuid.UUID(int=number))
+        grant = tokens.Grant(blob_id=BLOB, distribution_id=name, expires_at=1 << 40)
+        signed = f"Bearer {tokens.mint(grant, KEY)}"
+        assert (await client.range("0-9", authorization=signed))[0] == 206
+    assert len(blob.sent_bytes) == 3
 
 
 async def test_tokens_that_are_remembered_are_bounded(serve: Serve) -> None:

@@ -6,25 +6,36 @@ Two replicas are two transactions here; no service runs, but where a request is 
 import asyncio
 import json
 import uuid
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import aiohttp
 import asyncpg
 import pytest
 import yarl
+from prometheus_client import CollectorRegistry
 
-from hostler_common import auth, client, db, errors, testing
+from hostler_common import auth, client, db, errors, settings, testing
 from hostler_precache import protocol
 from hostler_precache.distribution import rollout
 from hostler_precache.distribution.distributions import Policy
 from hostler_precache.distribution.rollout import Rollout, Targets, Verdict
-from hostler_precache.images import Image, Verification
-from hostler_precache.sources.plugins import SourceError
+from hostler_precache.images import Image, SourceHash, Verification
+from hostler_precache.jobs import Pipeline
+from hostler_precache.metrics import Metrics
+from hostler_precache.settings import Settings
+from hostler_precache.sources.source import Source, SourceError
 from hostler_precache.store import ImageNotFound
+from hostler_precache.swarming.tracker import Tracker
+from hostler_precache.transfer.blobs import BlobServer
 from hostler_precache.transfer.manifest import ImageId
+from hostler_precache.transfer.replica_store import ReplicaStore
+from hostler_precache.transfer.seed import Seed
 
 IMAGE = "image-1"
 MAX = 2**63 - 1
@@ -202,6 +213,23 @@ async def test_the_outcome_of_a_policy_may_be_any_text(control: Any, lister_of: 
     assert len(detail) < 10_000
 
 
+async def test_an_image_that_is_listed_twice_and_differently_is_the_first_one_and_is_said(
+    control: Any,
+) -> None:
+    policy = await control.add_policy()
+    listed = [
+        Image(image_id=ImageId(IMAGE), fetcher="http", location=f"http://images/{number}")
+        for number in (1, 1, 2)
+    ]
+    lister = SimpleNamespace(list=AsyncMock(return_value=listed))
+    await control.pipeline(lister).run_policies()
+    ran = await control.policies.policy(policy.policy_id)
+    assert ran.last_outcome == "partial"
+    assert f"{IMAGE}: is listed twice, and differently" in ran.last_detail
+    assert (await control.store.image(IMAGE)).image.location == "http://images/1"
+    assert len(await control.distributions.distributions(limit=10)) == 1
+
+
 async def test_an_image_that_cannot_be_is_refused_and_the_others_are_not(control: Any) -> None:
     bad = Image(image_id=ImageId("image-2"), fetcher="http", size_bytes=-1)
     with pytest.raises(errors.Invalid):
@@ -221,8 +249,9 @@ async def test_an_image_that_is_deleted_is_distributed_no_more(control: Any) -> 
     await control.distribute()
 
 
-async def test_what_the_seed_has_lost_is_fetched_again_for_hosts_that_come_later(
-    control: Any,
+@pytest.mark.parametrize("is_heard", [True, False])
+async def test_what_the_seed_has_lost_comes_from_hosts_that_are_heard_of_or_is_fetched_again(
+    control: Any, is_heard: bool
 ) -> None:
     blob_id = await control.add_blob()
     made = await control.distribute()
@@ -231,9 +260,107 @@ async def test_what_the_seed_has_lost_is_fetched_again_for_hosts_that_come_later
             host, {"distribution_id": str(made), "blob_id": blob_id, "state": "cached"}
         )
     assert (await control.distributions.distribution(made)).state == "done"
-    await control.store.blob_lost(blob_id, reason="seed.damaged")
-    assert (await control.distributions.distribution(made)).state == "fetching"
-    assert await control.states(made) == {"h1": "waiting", "h2": "waiting"}
+    if not is_heard:
+        async with db.transaction(control.pool) as connection:
+            await connection.execute("UPDATE host SET seen_at = now() - interval '1 hour'")
+    again = await control.store.blob_lost(blob_id, reason="seed.damaged", silent_seconds=60)
+    assert again is not is_heard
+    found = await control.distributions.distribution(made)
+    swarm = await control.swarms.swarm(blob_id, within_seconds=60)
+    assert swarm.seeds == []
+    if is_heard:
+        assert (found.state, found.blob_id) == ("done", blob_id)
+        assert await control.states(made) == {"h1": "cached", "h2": "cached"}
+        assert [member.host for member in swarm.members] == ["h1", "h2"]
+    else:
+        assert (found.state, found.blob_id) == ("fetching", None)
+        assert await control.states(made) == {"h1": "waiting", "h2": "waiting"}
+
+
+async def test_a_blob_without_a_seed_is_given_up_when_its_last_host_is_gone_and_one_waits(
+    control: Any,
+) -> None:
+    async with db.transaction(control.pool) as connection:
+        await connection.execute("INSERT INTO seed (seed) VALUES ('seed')")
+    replicas = ReplicaStore(control.pool)
+
+    async def gone() -> list[str]:
+        return [str(one) for one in await replicas.blobs_of_the_gone(silent_seconds=60)]
+
+    blob_id = await control.add_blob()
+    made = await control.distribute()
+    await control.say("h1", {"distribution_id": str(made), "blob_id": blob_id, "state": "cached"})
+    assert not await control.store.blob_lost(blob_id, reason="seed.damaged", silent_seconds=60)
+    assert await gone() == []
+    async with db.transaction(control.pool) as connection:
+        await connection.execute("UPDATE host SET seen_at = now() - interval '1 hour'")
+    assert await gone() == [blob_id]
+    # its seed says that it is there again, with the file
+    await control.store.seed_started("seed", "http://again")
+    assert await gone() == []
+    assert (await control.swarms.swarm(blob_id, within_seconds=60)).seeds == ["http://again"]
+
+
+class Breaking:
+    """A fetcher of an image that breaks off."""
+
+    @asynccontextmanager
+    async def open(self, image: Image) -> AsyncIterator[Source]:
+        """It breaks off after a byte."""
+        del image
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"x"
+            raise SourceError("source.truncated", "it broke off", is_transient=True)
+
+        async def skip(to: int) -> bool:
+            del to
+            return True
+
+        yield Source(size_bytes=2, chunks=chunks(), skip=skip)
+
+
+async def test_what_an_interrupted_fetch_left_goes_when_another_replica_has_taken_it_over(
+    control: Any, database_url: str, tmp_path: Path
+) -> None:
+    hashed = Image(
+        image_id=ImageId(IMAGE), fetcher="http", location="http://images/1", size_bytes=2,
+        source_hash=SourceHash(algorithm="sha256", value="0" * 64),
+    )  # fmt: skip
+    async with db.transaction(control.pool) as connection:
+        await control.store.add_image(connection, hashed)
+    await control.distribute()
+    seed = Seed(name="mine", url="http://mine", directory=tmp_path, server=BlobServer(slots=1))
+    loaded = settings.load(
+        Settings, amqp_url="amqp://x", database_url=database_url, auth_mode="none",
+        reserve_bytes=0, lease_seconds=60, fetch_concurrency=1,
+    )  # fmt: skip
+    pipeline = Pipeline(
+        settings=loaded, store=control.store, distributions=control.distributions,
+        swarms=control.swarms, tracking=Tracker(control.swarms, member_seconds=30),
+        policies=control.policies, seed=seed, replicas=cast("Any", SimpleNamespace(
+            discard_leftovers=AsyncMock())),
+        plugins=cast("Any", SimpleNamespace(fetcher=lambda _: Breaking())),
+        metrics=Metrics(CollectorRegistry()),
+    )  # fmt: skip
+    fetching = asyncio.create_task(pipeline.fetch_forever())
+
+    async def is_tried_again() -> str | None:
+        async with db.connection(control.pool) as connection:
+            found: str | None = await connection.fetchval("SELECT reason FROM blob")
+        return found
+
+    assert await testing.eventually(is_tried_again) == "source.truncated: it broke off"
+    fetching.cancel()
+    await asyncio.wait([fetching])
+    (left,) = tmp_path.iterdir()  # noqa: ASYNC240  a test's own directory
+    assert left.suffix == ".part"
+    await pipeline.retire()
+    assert left.exists()  # it is this seed's to try again
+    async with db.transaction(control.pool) as connection:
+        await connection.execute("UPDATE blob SET seed = 'another'")
+    await pipeline.retire()
+    assert not left.exists()
 
 
 async def test_a_distribution_that_is_cancelled_is_told_of_no_more(control: Any) -> None:

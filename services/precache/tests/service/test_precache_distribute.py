@@ -1,16 +1,19 @@
 """List, Fetch, Serve, Distribute, on a real broker and database, with real agents."""
 
+import asyncio
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 import pytest
 
-from hostler_common import errors, testing
+from hostler_common import errors, servers, testing
+from hostler_precache.distribution import distributions_api
 from hostler_precache.sources import fetchers, listers
 
 MIB = 1 << 20
@@ -207,6 +210,35 @@ async def test_every_outcome_of_a_host_has_its_word_and_reason(
 _NOVA_NAME = "90f087a90d3b1a14d0c5959a5c3cecab313c7cd1"
 
 
+async def test_a_sparse_image_of_forty_gigabytes_costs_what_its_data_does(
+    precache: Any, start_agent: Any, over: Over, image_id: str, data: bytes, tmp_path: Any
+) -> None:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    with (directory / "sparse").open("wb") as file:
+        file.seek(20 << 30)
+        file.write(data[:MIB])
+        file.truncate(40 << 30)
+    async with precache(file_roots=[str(directory)]) as service:
+        place = await start_agent("host-1", service.url)
+        image = {
+            "image_id": image_id, "fetcher": "file", "location": str(directory / "sparse"),
+            "disk_format": "raw",
+        }  # fmt: skip
+        made = await service.api.post(
+            "/v1/distributions", {"image_id": image_id, "image": image, "hosts": ["host-1"]}
+        )
+        answer = await over(service.api, made["distribution_id"])
+        (host,) = answer["progress"]
+        assert (host["state"], host["bytes_done"]) == ("cached", 40 << 30)
+        assert host["received_from_seed_bytes"] == 16 * MIB  # the piece that the data is in
+        status = (place / image_id).stat()
+        assert (status.st_size, status.st_blocks * 512 <= 16 * MIB) == (40 << 30, True)
+        with (place / image_id).open("rb") as placed:
+            placed.seek(20 << 30)
+            assert placed.read(MIB) == data[:MIB]
+
+
 async def test_a_cancelled_distribution_is_not_wanted_any_more(
     precache: Any, source: Any, data: bytes, request_of: Any, image_id: str
 ) -> None:
@@ -269,6 +301,51 @@ async def test_a_seed_whose_file_was_damaged_fetches_it_again(
         assert answer["host_states"] == {"cached": 1}
         assert (place / image_id).read_bytes() == data
         assert source.requests == ["image", "image"]
+
+
+async def test_what_was_called_for_before_an_agent_could_hear_it_is_not_missed(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str, amqp_url: str,
+) -> None:  # fmt: skip
+    broker, door = urlsplit(amqp_url), servers.free_port()
+    away = broker._replace(netloc=broker.netloc.replace(f":{broker.port}", f":{door}")).geturl()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def open_door(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner = await asyncio.open_connection(broker.hostname, broker.port)
+        await asyncio.gather(carry(reader, inner[1]), carry(inner[0], writer))
+
+    async with precache() as service:
+        starting = asyncio.create_task(
+            start_agent("host-1", service.url, amqp_url=away, desired_seconds=3600)
+        )
+        looked = 'hostler_http_requests_total{method="GET",route="/v1/desired",status="200"} 1.0'
+
+        async def has_looked() -> bool:
+            async with aiohttp.request("GET", f"{service.url}/metrics") as answer:
+                return looked in await answer.text()
+
+        await testing.eventually(has_looked)
+        body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+        made = await service.api.post("/v1/distributions", body)
+
+        async def is_called_for() -> bool:
+            shown = await service.api.get(f"/v1/distributions/{made['distribution_id']}")
+            return shown["announced_at"] is not None
+
+        await testing.eventually(is_called_for)
+        server = await asyncio.start_server(open_door, "127.0.0.1", door)
+        place = await starting
+        answer = await over(service.api, made["distribution_id"])
+        assert answer["host_states"] == {"cached": 1}
+        assert (place / image_id).read_bytes() == data
+        server.close()
 
 
 async def test_a_restarted_agent_says_again_what_it_has(
@@ -364,6 +441,8 @@ STORIES = [
      422, "request.invalid"),
     ("POST", "/v1/images", {"image_id": "x", "os_hash_algo": "sha512", "os_hash_value": "00"},
      422, "request.invalid"),
+    ("POST", "/v1/images", {"image_id": "x", "os_hash_value": "0" * 128}, 422, "request.invalid"),
+    ("POST", "/v1/images", {"image_id": "x", "os_hash_algo": "sha512"}, 422, "request.invalid"),
     ("POST", "/v1/policies", {"name": "p", "lister": "none"}, 422, "precache.plugin.unknown"),
     ("POST", "/v1/policies", {"name": "p", "every_seconds": 0}, 422, "request.invalid"),
     ("PUT", "/v1/hosts/a%2Fb/report", {}, 404, "http.404"),
@@ -417,6 +496,22 @@ async def test_a_watcher_sees_progress_and_the_end(
         assert events[-1] == "end"
         assert set(events[:-1]) == {"progress"}
         assert last["progress"][0]["bytes_done"] == len(data)
+
+
+async def test_a_watcher_hears_that_there_is_nothing_new(
+    precache: Any, source: Any, data: bytes, request_of: Any, image_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(distributions_api, "HEARTBEAT_SECONDS", 0.0)
+    body = request_of(image_id, source.add("image", data), data, hosts=["nobody"])
+    async with precache() as service, aiohttp.ClientSession() as session:
+        made = await service.api.post("/v1/distributions", body)
+        url = f"{service.url}/v1/distributions/{made['distribution_id']}/events"
+        async with session.get(url) as response, asyncio.timeout(30):
+            lines = []
+            while b": nothing new\n" not in lines:
+                lines.append(await response.content.readline())
+        assert b"event: progress\n" in lines
 
 
 async def test_the_pages_show_distributions_hosts_and_policies(

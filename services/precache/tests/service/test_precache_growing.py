@@ -1,7 +1,8 @@
 """Pieces reach hosts while the source still sends; what comes of it depends on how the source ends."""
 
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,69 @@ Over = Callable[..., Awaitable[dict[str, Any]]]
 @pytest.fixture
 def data(make_image: Callable[..., bytes]) -> bytes:
     return make_image(SIZE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coming:
+    """An image of which one half has come, and the hosts that have that half."""
+
+    service: RunningService
+    made: Mapping[str, Any]
+    directories: list[Path]
+
+    async def shown(self) -> dict[str, Any]:
+        """The distribution."""
+        answer: dict[str, Any] = await self.service.api.get(
+            f"/v1/distributions/{self.made['distribution_id']}"
+        )
+        return answer
+
+    async def thrown_away(self) -> None:
+        """Nothing is left of the transfers."""
+
+        async def is_clean() -> bool:
+            return not any(partials(directory) for directory in self.directories)
+
+        await eventually(is_clean)
+
+
+Begin = Callable[..., AbstractAsyncContextManager[Coming]]
+
+
+@pytest.fixture
+def coming(
+    precache: Precache,
+    start_agent: StartAgent,
+    source: testing.Source,
+    request_of: RequestOf,
+    image_id: str,
+    data: bytes,
+) -> Begin:
+    """`async with coming(sent=data, hosts=("host-1",), is_hashed=True, **settings) as it`.
+
+    The source has sent one half of `sent`, and waits; the hash that was named is that of `data`.
+    """
+
+    @asynccontextmanager
+    async def begin(
+        *,
+        sent: bytes = data,
+        hosts: Sequence[str] = ("host-1",),
+        is_hashed: bool = True,
+        **settings: Any,
+    ) -> AsyncIterator[Coming]:
+        source.pause_after = HALF
+        async with precache(**settings) as service:
+            directories = [await start_agent(host, service.url) for host in hosts]
+            url = source.add("image", sent)
+            body = request_of(image_id, url, data, hosts=list(hosts))
+            if not is_hashed:
+                body["image"] = {"image_id": image_id, "location": url}
+            made = await service.api.post("/v1/distributions", body)
+            await has_come(service, made, HALF // PIECE)
+            yield Coming(service=service, made=made, directories=directories)
+
+    return begin
 
 
 async def progress(service: RunningService, made: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -54,39 +118,52 @@ async def broken(source: testing.Source) -> None:
 
 
 async def test_pieces_are_on_hosts_before_the_source_has_ended_and_no_file_is(
-    precache: Precache,
-    start_agent: StartAgent,
-    source: testing.Source,
-    request_of: RequestOf,
-    over: Over,
-    image_id: str,
-    data: bytes,
+    coming: Begin, source: testing.Source, over: Over, image_id: str, data: bytes
 ) -> None:
-    source.pause_after = HALF
-    hosts = ["host-1", "host-2"]
-    async with precache() as service:
-        directories = [await start_agent(host, service.url) for host in hosts]
-        body = request_of(image_id, source.add("image", data), data, hosts=hosts)
-        made = await service.api.post("/v1/distributions", body)
-        await has_come(service, made, HALF // PIECE)
-        answer = await service.api.get(f"/v1/distributions/{made['distribution_id']}")
+    async with coming(hosts=["host-1", "host-2"]) as it:
+        answer = await it.shown()
         assert answer["state"] == "distributing"
         assert answer["verification"] is None
         assert answer["host_states"] == {"transferring": 2}
 
         async def waits_for_the_source() -> bool:
-            found = await service.api.get(f"/v1/distributions/{made['distribution_id']}")
-            return bool(found["estimate"]["limit"] == "the image's source")
+            return bool((await it.shown())["estimate"]["limit"] == "the image's source")
 
         await eventually(waits_for_the_source)
-        assert not any((directory / image_id).exists() for directory in directories)
+        assert not any((directory / image_id).exists() for directory in it.directories)
         source.go_on.set()
-        answer = await over(service.api, made["distribution_id"])
+        answer = await over(it.service.api, it.made["distribution_id"])
         assert answer["host_states"] == {"cached": 2}
         assert answer["verification"] == "hash"
-        for directory in directories:
+        for directory in it.directories:
             assert (directory / image_id).read_bytes() == data
             assert not list((directory / ".precache").glob("*.part"))
+
+
+async def test_a_place_that_cannot_be_used_is_said_so_and_the_agent_goes_on(
+    precache: Precache,
+    start_agent: StartAgent,
+    source: testing.Source,
+    request_of: RequestOf,
+    image_id: str,
+    data: bytes,
+    tmp_path: Path,
+) -> None:
+    source.pause_after = HALF
+    (tmp_path / "host-1").mkdir()
+    async with precache() as service:
+        await start_agent("host-1", service.url, target_template="{image_id}" * 8)
+        body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+        made = await service.api.post("/v1/distributions", body)
+
+        async def has_failed() -> str | None:
+            host = (await progress(service, made))["host-1"]
+            return host["reason"] if host["state"] == "error" else None
+
+        reason = await eventually(has_failed)
+        assert reason.startswith("storage.failed: ")
+        assert reason.endswith(": File name too long")
+        source.go_on.set()
 
 
 def partials(directory: Path) -> list[Path]:
@@ -98,65 +175,44 @@ def partials(directory: Path) -> list[Path]:
 
 
 async def test_an_image_whose_hash_is_wrong_in_the_end_is_on_no_host(
-    precache: Precache,
-    start_agent: StartAgent,
-    source: testing.Source,
-    request_of: RequestOf,
-    over: Over,
-    image_id: str,
-    data: bytes,
+    coming: Begin, source: testing.Source, over: Over, image_id: str, data: bytes
 ) -> None:
-    source.pause_after = HALF
     hosts = ["host-1", "host-2"]
-    async with precache() as service:
-        directories = [await start_agent(host, service.url) for host in hosts]
-        url = source.add("image", data[:-1] + bytes([data[-1] ^ 1]))
-        made = await service.api.post(
-            "/v1/distributions", request_of(image_id, url, data, hosts=hosts)
-        )
-        await has_come(service, made, HALF // PIECE)
+    async with coming(sent=data[:-1] + bytes([data[-1] ^ 1]), hosts=hosts) as it:
         source.go_on.set()
-        answer = await over(service.api, made["distribution_id"])
+        answer = await over(it.service.api, it.made["distribution_id"])
         assert answer["state"] == "error"
         assert answer["reason"].startswith("source.hash_mismatch")
         assert answer["host_states"] == {"waiting": 2}
         assert {one["pieces_done"] for one in answer["progress"]} == {0}
-
-        async def thrown_away() -> bool:
-            return not any(partials(directory) for directory in directories)
-
-        await eventually(thrown_away)
-        assert not any((directory / image_id).exists() for directory in directories)
+        await it.thrown_away()
+        assert not any((directory / image_id).exists() for directory in it.directories)
         # and running again converges
         source.add("image", data)
-        again = await service.api.post("/v1/distributions", {"image_id": image_id, "hosts": hosts})
-        answer = await over(service.api, again["distribution_id"])
+        again = await it.service.api.post(
+            "/v1/distributions", {"image_id": image_id, "hosts": hosts}
+        )
+        answer = await over(it.service.api, again["distribution_id"])
         assert answer["host_states"] == {"cached": 2}
-        assert all((one / image_id).read_bytes() == data for one in directories)
+        assert all((one / image_id).read_bytes() == data for one in it.directories)
 
 
 async def test_a_source_that_breaks_off_and_sends_the_same_later_costs_hosts_nothing_twice(
-    precache: Precache,
-    start_agent: StartAgent,
+    coming: Begin,
     source: testing.Source,
-    request_of: RequestOf,
     over: Over,
     image_id: str,
     data: bytes,
     database_url: str,
 ) -> None:
-    source.pause_after, source.break_after = HALF, 0
-    async with precache() as service:
-        directory = await start_agent("host-1", service.url)
-        body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
-        made = await service.api.post("/v1/distributions", body)
-        await has_come(service, made, HALF // PIECE)
-        told = await service.api.get(f"/v1/distributions/{made['distribution_id']}")
+    source.break_after = 0
+    async with coming() as it:
+        told = await it.shown()
         await broken(source)
-        answer = await over(service.api, made["distribution_id"])
+        answer = await over(it.service.api, it.made["distribution_id"])
         assert answer["host_states"] == {"cached": 1}
         assert answer["blob_id"] == told["blob_id"]
-        assert (directory / image_id).read_bytes() == data
+        assert (it.directories[0] / image_id).read_bytes() == data
         (host,) = answer["progress"]
         assert (host["received_from_seed_bytes"], host["wasted_bytes"]) == (SIZE, 0)
         database = await asyncpg.connect(database_url)
@@ -167,116 +223,59 @@ async def test_a_source_that_breaks_off_and_sends_the_same_later_costs_hosts_not
 
 
 async def test_a_source_that_sends_other_bytes_later_is_another_blob_and_nothing_mixes(
-    precache: Precache,
-    start_agent: StartAgent,
-    source: testing.Source,
-    over: Over,
-    image_id: str,
-    data: bytes,
+    coming: Begin, source: testing.Source, over: Over, image_id: str, data: bytes
 ) -> None:
-    source.pause_after, source.break_after = HALF, 0
+    source.break_after = 0
     other = bytes([data[0] ^ 1]) + data[1:]
-    async with precache() as service:
-        directory = await start_agent("host-1", service.url)
-        image = {"image_id": image_id, "location": source.add("image", data)}
-        made = await service.api.post(
-            "/v1/distributions", {"image_id": image_id, "image": image, "hosts": ["host-1"]}
-        )
-        await has_come(service, made, HALF // PIECE)
-        told = await service.api.get(f"/v1/distributions/{made['distribution_id']}")
+    async with coming(is_hashed=False) as it:
+        told = await it.shown()
         source.add("image", other)
         await broken(source)
-        answer = await over(service.api, made["distribution_id"])
+        answer = await over(it.service.api, it.made["distribution_id"])
         assert answer["host_states"] == {"cached": 1}
         assert answer["blob_id"] != told["blob_id"]
-        assert (directory / image_id).read_bytes() == other
-
-        async def thrown_away() -> bool:
-            return not partials(directory)
-
-        await eventually(thrown_away)
+        assert (it.directories[0] / image_id).read_bytes() == other
+        await it.thrown_away()
 
 
 async def test_a_source_that_always_sends_other_bytes_ends_the_distribution(
-    precache: Precache,
-    start_agent: StartAgent,
-    source: testing.Source,
-    over: Over,
-    image_id: str,
-    data: bytes,
+    coming: Begin, source: testing.Source, over: Over, image_id: str, data: bytes
 ) -> None:
-    source.pause_after, source.break_after = HALF, 0
-    async with precache(fetch_attempts=2) as service:
-        directory = await start_agent("host-1", service.url)
-        image = {"image_id": image_id, "location": source.add("image", data)}
-        made = await service.api.post(
-            "/v1/distributions", {"image_id": image_id, "image": image, "hosts": ["host-1"]}
-        )
-        await has_come(service, made, HALF // PIECE)
+    source.break_after = 0
+    async with coming(is_hashed=False, fetch_attempts=2) as it:
         source.add("image", bytes([data[0] ^ 1]) + data[1:])
         await broken(source)
-        answer = await over(service.api, made["distribution_id"])
+        answer = await over(it.service.api, it.made["distribution_id"])
         assert answer["state"] == "error"
         assert answer["reason"].startswith("source.changed")
-
-        async def thrown_away() -> bool:
-            return not partials(directory)
-
-        await eventually(thrown_away)
-        assert not (directory / image_id).exists()
+        await it.thrown_away()
+        assert not (it.directories[0] / image_id).exists()
 
 
 async def test_a_truncated_source_ends_the_distribution_with_its_reason(
-    precache: Precache,
-    start_agent: StartAgent,
-    source: testing.Source,
-    request_of: RequestOf,
-    over: Over,
-    image_id: str,
-    data: bytes,
+    coming: Begin, source: testing.Source, over: Over, image_id: str, tmp_path: Path
 ) -> None:
-    source.pause_after, source.break_after = HALF, 0
-    async with precache(fetch_attempts=1) as service:
-        directory = await start_agent("host-1", service.url)
-        body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
-        made = await service.api.post("/v1/distributions", body)
-        await has_come(service, made, HALF // PIECE)
+    source.break_after = 0
+    async with coming(fetch_attempts=1) as it:
         source.go_on.set()
-        answer = await over(service.api, made["distribution_id"])
+        answer = await over(it.service.api, it.made["distribution_id"])
         assert answer["state"] == "error"
         assert answer["reason"].startswith("source.truncated")
-
-        async def thrown_away() -> bool:
-            return not partials(directory)
-
-        await eventually(thrown_away)
-        assert not (directory / image_id).exists()
+        await it.thrown_away()
+        assert not (it.directories[0] / image_id).exists()
+        assert list((tmp_path / "seed").iterdir()) == []  # nobody goes on with it
 
 
 async def test_an_image_that_is_deleted_while_it_comes_is_thrown_away(
-    precache: Precache,
-    start_agent: StartAgent,
-    source: testing.Source,
-    request_of: RequestOf,
-    image_id: str,
-    data: bytes,
+    coming: Begin, source: testing.Source, image_id: str
 ) -> None:
-    source.pause_after = HALF
-    async with precache() as service:
-        directory = await start_agent("host-1", service.url)
-        body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
-        made = await service.api.post("/v1/distributions", body)
-        await has_come(service, made, HALF // PIECE)
-        await service.api.delete(f"/v1/images/{image_id}")
-
-        async def thrown_away() -> bool:
-            return not partials(directory)
-
-        await eventually(thrown_away)
-        answer = await service.api.get(f"/v1/distributions/{made['distribution_id']}")
+    async with coming() as it:
+        await it.service.api.delete(f"/v1/images/{image_id}")
+        await it.thrown_away()
+        answer = await it.shown()
         assert (answer["state"], answer["reason"]) == ("cancelled", "image.deleted")
         source.go_on.set()
-    assert not (directory / image_id).exists()
+    assert not (it.directories[0] / image_id).exists()
 
 
 async def test_a_host_that_comes_while_the_source_still_sends_gets_what_there_is(

@@ -182,6 +182,24 @@ async def test_a_thousand_hosts_that_ask_cost_one_query_and_hear_at_once_of_more
     assert (late.digests, late.root) == (digests(5, COUNT), LISTED.root)
 
 
+async def test_a_long_list_is_told_in_parts_and_closed_by_the_last(control: Any) -> None:
+    await control.distribute()
+    task = await claim(control)
+    await tell(control, task, 0, COUNT)
+    await close(control, task)
+    asked = Growths(control.store)
+    for most in (1, 4, COUNT, COUNT + 1):
+        told = b""
+        while True:
+            after = len(told) // 32
+            growth = await asked.ask(uid(task), after=after, most=most)
+            assert growth.digests == digests(after, min(COUNT, after + most))
+            told += growth.digests
+            if growth.root is not None:
+                break
+        assert (told, growth.root) == (LISTED.digests, LISTED.root)
+
+
 async def test_who_asks_for_nothing_new_is_answered_with_nothing_after_a_while(
     control: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -241,6 +242,26 @@ async def test_an_image_that_its_source_deleted_goes_as_soon_as_nobody_uses_it(
         assert (place / "withdrawn").read_bytes() == DATA
         left = [path.name for path in (place / ".precache").iterdir()]
         assert not any("deleted" in name or "used" in name for name in left)
+
+
+@pytest.mark.usefixtures("short_rounds")
+async def test_a_host_that_is_wiped_under_its_agent_gets_its_images_again(
+    precache: Any, start_agent: Any, source: Any, request_of: Any, over: Any
+) -> None:
+    async with precache() as service:
+        place = await start_agent("host-1", service.url)
+        for name in ("one", "two"):
+            body = request_of(name, source.add(name, DATA), DATA, hosts=["host-1"])
+            made = (await service.api.post("/v1/distributions", body))["distribution_id"]
+            assert (await over(service.api, made))["host_states"] == {"cached": 1}
+        shutil.rmtree(place)
+
+        async def is_back() -> bool:
+            files = [place / "one", place / "two"]
+            return all(file.exists() and file.read_bytes() == DATA for file in files)
+
+        await testing.eventually(is_back)
+        assert source.requests == ["one", "two"]
 
 
 async def test_an_image_that_was_withdrawn_while_its_file_was_opened_can_be_had_again(

@@ -27,12 +27,15 @@ from hostler_precache.transfer.peers import HttpPeerClient, PeerError
 
 BLOB = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
 KEY = bytes(range(32))
+DISTRIBUTION = "5a0e1d0e-0000-4000-8000-00000000000d"
 COUNT = 3000
 DATA = image_of(1000)
 
 
 def token() -> str:
-    grant = tokens.Grant(blob_id=BLOB, distribution_id="d", expires_at=int(time.time()) + 60)
+    grant = tokens.Grant(
+        blob_id=BLOB, distribution_id=DISTRIBUTION, expires_at=int(time.time()) + 60
+    )
     return tokens.mint(grant, KEY)
 
 

@@ -15,17 +15,17 @@ MIB = 1 << 20
 
 @pytest_asyncio.fixture
 async def replica(amqp_url: str, database_url: str, tmp_path: Path) -> Any:
-    """`await replica(name)`: a service process of its own on the one database."""
+    """`await replica(name, **settings)`: a service process of its own on the one database."""
     await db.migrate(database_url, schema="precache", package="hostler_precache")
     async with AsyncExitStack() as stack:
 
-        async def start(name: str) -> precache_testing.Program:
+        async def start(name: str, **settings: object) -> precache_testing.Program:
             return await stack.enter_async_context(
                 precache_testing.service_process(
                     tmp_path / name,
                     amqp_url=amqp_url,
                     database_url=database_url,
-                    settings={"seed_id": name, "seed_silent_seconds": 6.0},
+                    settings={"seed_id": name, "seed_silent_seconds": 6.0, **settings},
                 )
             )
 
@@ -68,6 +68,44 @@ async def test_what_a_killed_seed_had_is_fetched_by_another_for_the_hosts_that_w
         return not left.exists() and not (again.directory / blob_id).exists()
 
     await testing.eventually(is_clean)
+
+
+async def test_what_a_killed_seed_and_its_source_had_comes_from_a_host_that_has_it(
+    replica: Any, source: Any, make_image: Any, request_of: Any, start_agent: Any, over: Any,
+    image_id: str,
+) -> None:  # fmt: skip
+    data = make_image(3 * MIB)
+    first = await replica("first")
+    early = await start_agent("early", first.url)
+    async with client.open_api(first.url) as api:
+        body = request_of(image_id, source.add("image", data), data, hosts=["early", "late"])
+        made = await api.post("/v1/distributions", body)
+        path = f"/v1/distributions/{made['distribution_id']}"
+
+        async def has_it() -> bool:
+            found = await api.get(path)
+            return bool(found["host_states"].get("cached") == 1)
+
+        await testing.eventually(has_it)
+        blob_id = (await api.get(path))["blob_id"]
+    await first.kill()
+    source.files.clear()
+    # where hosts go on to tell how they are
+    second = await replica("second", http_port=int(first.url.rpartition(":")[2]))
+
+    async def is_noticed() -> bool:
+        return bool(second.events("blob_of_a_gone_seed"))
+
+    await testing.eventually(is_noticed)
+    late = await start_agent("late", second.url, desired_seconds=0.5)
+    async with client.open_api(second.url) as api:
+        answer = await over(api, made["distribution_id"], 60)
+        assert (answer["state"], answer["host_states"]) == ("done", {"cached": 2})
+        assert answer["blob_id"] == blob_id
+        hosts = {one["host"]: one for one in answer["progress"]}
+        assert hosts["late"]["received_from_peers_bytes"] == len(data)
+    assert source.requests == ["image"]
+    assert [(place / image_id).read_bytes() == data for place in (early, late)] == [True, True]
 
 
 async def test_a_seed_that_was_silent_serves_no_more_what_others_gave_up(

@@ -260,6 +260,23 @@ async def test_a_paused_distribution_tells_its_hosts_to_wait_and_then_to_go_on(
         await cloud.api.post(f"{path}/pause", {})
 
 
+async def test_a_host_that_should_not_have_an_image_is_nobodys_neighbour_and_told_to_look(
+    cloud: Cloud, distribute: Any
+) -> None:
+    await distribute(hosts=["h1", "h2"], canary_percent=50)
+    (first,) = [host for host in ("h1", "h2") if await cloud.desired(host)]
+    (image,) = await cloud.desired(first)
+    keys = {key: image[key] for key in ("distribution_id", "blob_id")}
+    others = [host for host in ("h1", "h2", "h9", "h99") if host != first]  # its turn comes later
+    for host in others:
+        told = await cloud.speak(host, state="transferring", **keys)
+        assert told == {"swarms": {}, "look_again": True}
+    told = await cloud.speak(first, state="transferring", **keys)
+    assert not told["look_again"]
+    (image,) = await cloud.desired(first)
+    assert image["neighbours"] == []
+
+
 async def test_outside_its_windows_a_distribution_waits(cloud: Cloud, distribute: Any) -> None:
     later = datetime.now(UTC) + timedelta(hours=3)
     window = {
@@ -429,9 +446,20 @@ async def test_a_cancelled_distribution_unpins_what_was_placed(
 async def test_every_host_that_ends_is_told_in_novas_words(
     cloud: Cloud, distribute: Any, hostler_inbox: Any, image_id: str
 ) -> None:
-    answer = await distribute(hosts=["h1", "h2"])
+    answer = await distribute(hosts=["h2", "h1"])
+    of_all = {"uuid": answer["distribution_id"], "name": image_id, "hosts": ["h1", "h2"]}
+
+    async def start() -> dict[str, Any] | None:
+        told: list[dict[str, Any]] = await hostler_inbox("aggregate.cache_images.start")
+        of_it = {"id": 0, "metadata": {}, **of_all}  # and not the one it was fetched for
+        return next((n for n in told if n["payload"]["nova_object.data"] == of_it), None)
+
+    started = await testing.eventually(start)
+    assert started["event_type"] == "aggregate.cache_images.start"
     await cloud.end("h1", "cached")
     await cloud.end("h2", "error", reason="storage.no_space")
+    (ended,) = await hostler_inbox("aggregate.cache_images.end")
+    assert ended == {**started, "event_type": "aggregate.cache_images.end"}
     first, second = await hostler_inbox("aggregate.cache_images.progress", count=2)
     assert first["event_type"] == "aggregate.cache_images.progress"
     assert first["payload"]["nova_object.name"] == "AggregateCachePayload"

@@ -22,6 +22,7 @@ from hostler_precache.transfer.seed import Seed
 
 PIECE = manifest.MIN_PIECE_BYTES
 KEY = bytes(range(32))
+DISTRIBUTION = "5a0e1d0e-0000-4000-8000-00000000000d"
 OLD = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
 NEW = BlobId("5a0e1d0e-0000-4000-8000-000000000002")
 
@@ -49,7 +50,9 @@ def record(blob_id: BlobId, listed: manifest.Manifest) -> BlobRecord:
 
 
 def token(blob_id: BlobId) -> str:
-    grant = tokens.Grant(blob_id=blob_id, distribution_id="d", expires_at=int(time.time()) + 60)
+    grant = tokens.Grant(
+        blob_id=blob_id, distribution_id=DISTRIBUTION, expires_at=int(time.time()) + 60
+    )
     return tokens.mint(grant, KEY)
 
 
@@ -96,7 +99,7 @@ async def test_pieces_of_zeros_are_never_sent(tmp_path: Path) -> None:
         assert await chosen(url, NEW) == [
             f"bytes {start}-{start + PIECE - 1}/{len(data)}" for start in (PIECE, 5 * PIECE)
         ]
-        assert seed.sent_bytes() == {"d": 2 * PIECE}
+        assert seed.sent_bytes() == {DISTRIBUTION: 2 * PIECE}
 
 
 async def test_a_seed_that_starts_again_serves_the_others_while_it_reads_an_image_through(

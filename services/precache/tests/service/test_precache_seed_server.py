@@ -23,6 +23,7 @@ from hostler_precache.transfer.seed_server import HttpServer
 BLOB = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
 DATA = testing.image_of(1000)
 KEY = bytes(32)
+DISTRIBUTION = "5a0e1d0e-0000-4000-8000-00000000000d"
 
 
 def site_of(directory: Path, **fields: Any) -> SeedSite:
@@ -43,7 +44,7 @@ async def test_hosts_get_pieces_at_the_url_that_it_gives_until_it_is_left(tmp_pa
     site.blobs.serve(
         Blob(BLOB, manifest=listed, key=KEY, fd=fd, have=1, policy=SeedPolicy(listed.count))
     )
-    grant = Grant(blob_id=BLOB, distribution_id="d", expires_at=1 << 40)
+    grant = Grant(blob_id=BLOB, distribution_id=DISTRIBUTION, expires_at=1 << 40)
     headers = {"Authorization": f"Bearer {mint(grant, KEY)}", "Range": "bytes=0-999"}
     try:
         async with aiohttp.ClientSession() as session:

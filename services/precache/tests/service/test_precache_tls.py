@@ -23,6 +23,7 @@ from hostler_precache.transfer.peers import HttpPeerClient, PeerError
 
 BLOB = BlobId("5a0e1d0e-0000-4000-8000-000000000001")
 KEY = bytes(range(32))
+DISTRIBUTION = "5a0e1d0e-0000-4000-8000-00000000000d"
 PIECE = 1 << 20
 DATA = image_of(4 * PIECE + 100)
 
@@ -34,7 +35,9 @@ def listed() -> manifest.Manifest:
 
 
 def token() -> str:
-    grant = tokens.Grant(blob_id=BLOB, distribution_id="d", expires_at=int(time.time()) + 60)
+    grant = tokens.Grant(
+        blob_id=BLOB, distribution_id=DISTRIBUTION, expires_at=int(time.time()) + 60
+    )
     return tokens.mint(grant, KEY)
 
 
@@ -92,7 +95,7 @@ async def test_pieces_and_piece_maps_come_over_tls_as_they_are_and_are_counted(
         following.cancel()
 
         async def counted() -> bool:
-            return dict(blob.sent_bytes) == {"d": len(DATA)}
+            return dict(blob.sent_bytes) == {DISTRIBUTION: len(DATA)}
 
         await testing.eventually(counted)
 

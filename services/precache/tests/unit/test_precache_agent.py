@@ -37,6 +37,7 @@ async def test_when_an_agent_has_ended_another_may_look_after_the_place(tmp_path
     agent = CacheAgent(
         host="host-1",
         url="http://127.0.0.1:1",
+        link_bytes_per_second=None,
         settings=settings,
         token=None,
         server=BlobServer(slots=2),

@@ -4,7 +4,8 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -83,13 +84,19 @@ async def downloaded(
     directory: Path,
     *,
     peers: dict[str, str],
+    outside: Sequence[str] = (),
+    counted: Counter[str] | None = None,
     during: Callable[[], None] | None = None,
 ) -> Download:
     """The download of everything, which ends whole or not at all."""
     store = PieceStore.open(directory, BLOB, MANIFEST)
     blob = Blob(BLOB, manifest=MANIFEST, key=bytes(32), fd=store.fileno())
-    download = Download(blob, store, network, requests=4, rng=random.Random(1))
-    download.set_swarm(["http://seed"], peers)
+    counts: Counter[str] = Counter() if counted is None else counted
+    download = Download(
+        blob, store, network, requests=4, rng=random.Random(1),
+        on_received=lambda source, count: counts.update({source: count}),
+    )  # fmt: skip
+    download.set_swarm(["http://seed"], peers, outside=outside)
     try:
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             running = group.create_task(download.run())
@@ -125,6 +132,25 @@ async def test_what_a_peer_has_is_not_taken_from_the_seed_again(
     download = await downloaded(network, tmp_path, peers={"peer": "http://peer"})
     assert download.received.from_peers == len(DATA)
     assert sorted(network.asked) == [("http://peer", piece) for piece in range(MANIFEST.count)]
+
+
+async def test_bytes_are_counted_by_where_they_came_from(network: Network, tmp_path: Path) -> None:
+    while network.seed.next("another", 0.0) is not None:
+        pass
+    first = MANIFEST.piece_bytes
+    network.has = {"http://near": 0b001, "http://far": 0b010}
+    network.answers["http://liar"] = lie
+    network.has["http://liar"] = 0b100
+    counted: Counter[str] = Counter()
+    peers = {name: f"http://{name}" for name in ("near", "far", "liar")}
+    download = await downloaded(network, tmp_path, peers=peers, outside=["far"], counted=counted)
+    received = download.received
+    assert (counted["rack"], counted["outside"]) == (first, first)
+    assert counted["seed"] == len(DATA) - 2 * first
+    assert counted["wasted"] == received.wasted
+    assert counted["wasted"] >= first
+    assert received.from_seed == counted["seed"]
+    assert (received.from_peers, received.from_rack) == (2 * first, first)
 
 
 async def test_what_nobody_has_is_asked_of_a_seed_that_sent_it_all_once(

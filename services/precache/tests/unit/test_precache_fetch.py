@@ -269,18 +269,20 @@ async def test_room_for_holes_is_not_asked_for(target: Path) -> None:
 CONTENT = testing.image_of(3 * MIB + 512) + bytes(20 * MIB) + testing.image_of(MIB, 2)
 
 
-@pytest.mark.parametrize(
-    ("disk_format", "qemus_name", "options"),
-    [
-        ("qcow2", "qcow2", ()),
-        ("qcow2", "qcow2", ("-c",)),
-        ("vmdk", "vmdk", ()),
-        ("vmdk", "vmdk", ("-o", "subformat=streamOptimized")),
-        ("vhd", "vpc", ("-o", "force_size=on")),
-        ("vhdx", "vhdx", ()),
-        ("vdi", "vdi", ()),
-    ],
-)
+FORMATS = [
+    ("qcow2", "qcow2", ()),
+    ("qcow2", "qcow2", ("-c",)),
+    ("qcow2", "qcow2", ("-o", "preallocation=metadata")),
+    ("vmdk", "vmdk", ()),
+    ("vmdk", "vmdk", ("-o", "subformat=streamOptimized")),
+    ("vhd", "vpc", ("-o", "force_size=on")),
+    ("vhdx", "vhdx", ()),
+    ("vdi", "vdi", ()),
+    ("vdi", "vdi", ("-o", "static=on")),
+]
+
+
+@pytest.mark.parametrize(("disk_format", "qemus_name", "options"), FORMATS)
 async def test_a_disk_in_another_format_reaches_the_seed_as_the_raw_disk_it_holds(
     tmp_path: Path, target: Path, disk_format: str, qemus_name: str, options: tuple[str, ...]
 ) -> None:
@@ -420,6 +422,25 @@ async def test_a_qcow2_that_was_cut_off_when_it_was_uploaded_is_refused(
     os.truncate(source, kept_bytes)
     error = await refused(source, target, disk_format="qcow2")
     assert error.reason.startswith("source.format_")
+
+
+@pytest.mark.parametrize(("disk_format", "qemus_name", "options"), FORMATS)
+async def test_of_a_disk_that_was_cut_off_no_part_is_taken_for_zeros(
+    tmp_path: Path, target: Path, disk_format: str, qemus_name: str, options: tuple[str, ...]
+) -> None:
+    made = disk(CONTENT, tmp_path / "made", qemus_name, *options).read_bytes()
+    source = tmp_path / "image"
+    refusals = 0
+    for lost_bytes in (1, 512, MIB // 2, 3 * MIB // 2, len(made) // 2, len(made) - 5000):
+        source.write_bytes(made[:-lost_bytes])
+        try:
+            await fetch_file(source, target, disk_format=disk_format)
+        except SourceError as error:
+            assert error.reason.startswith(("source.format_", "source.convert_failed"))  # noqa: PT017
+            refusals += 1
+        else:  # what is after the data is of no use to the disk
+            assert target.read_bytes() == CONTENT
+    assert refusals >= 2
 
 
 async def test_a_disk_larger_than_any_image_is_refused(tmp_path: Path, target: Path) -> None:

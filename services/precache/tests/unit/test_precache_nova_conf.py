@@ -93,6 +93,7 @@ def test_the_names_that_options_had_once_are_still_taken(tmp_path: Path) -> None
         ("[image_cache]\nmanager_interval=soon\n", "[image_cache]manager_interval"),
         ("[image_cache]\nsubdirectory_name=../x\n", "subdirectory_name"),
         ("[image_cache]\nsubdirectory_name=_base_$my_ip\n", "$my_ip"),
+        ("[image_cache]\nsubdirectory_name=_b${DEFAULT.my_ip}\n", "${DEFAULT.my_ip}"),
         ("[DEFAULT]\ninstances_path=here\n", "not a full path"),
         ("[DEFAULT]\nstate_path=$a\na=$b\nb=$a\n", "refers to itself"),
         ("instances_path=/a\n", "no section"),

@@ -281,6 +281,20 @@ def test_the_rack_waits_no_longer_than_a_piece_may_take(
     assert asked == have
 
 
+def test_who_repeats_that_pieces_are_coming_into_the_rack_delays_each_but_once() -> None:
+    receiver = receiver_of(requests=COUNT)
+    liar, far = receiver.add("liar"), receiver.add("far", in_rack=False)
+    receiver.heard(far, News(have=(1 << COUNT) - 1), 0.0)
+    receiver.heard(liar, News(coming=(1 << COUNT) - 1), 0.0)
+    waited = receiving.FIRST_COMING_SECONDS + 0.1
+    assert receiver.ask(waited - 0.2) is None
+    for _ in range(3):
+        assert receiver.heard(liar, News(coming=(1 << COUNT) - 1), waited) == 0
+    request = receiver.ask(waited)
+    assert request is not None
+    assert request.source is far
+
+
 def test_one_that_has_plenty_for_us_is_asked_for_one_piece_more() -> None:
     receiver, now = receiver_of(400, requests=10), 0.0
     for name in "abcdefghijkl":

@@ -202,9 +202,9 @@ def test_what_remains_is_the_slowest_of_the_share_asked_for() -> None:
         bound.Pace(bytes_done=MIB // 4, seconds=1, is_over=False),
         bound.Pace(bytes_done=0, seconds=0, is_over=False),
     ]
-    assert bound.remaining_seconds(MIB, paces, share=0.25) == 0
-    assert bound.remaining_seconds(MIB, paces, share=0.5) == 1
-    assert bound.remaining_seconds(MIB, paces, share=0.75) == 3
+    assert bound.remaining_seconds(MIB, paces, percent=25) == 0
+    assert bound.remaining_seconds(MIB, paces, percent=50) == 1
+    assert bound.remaining_seconds(MIB, paces, percent=75) == 3
     assert bound.remaining_seconds(MIB, paces) is None
     assert bound.remaining_seconds(MIB, []) is None
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -21,20 +22,15 @@ from hostler_precache.placing.placement import Outcome, Placer, UnsupportedError
 from hostler_precache.placing.placers import DirectoryPlacer
 from hostler_precache.placing.shelf import Shelf
 from hostler_precache.placing.shelf_room import QuotaError
+from hostler_precache.testing import described, transferred
 from hostler_precache.transfer import manifest, pieces
-from hostler_precache.transfer.manifest import BlobId, ImageId, Manifest
+from hostler_precache.transfer.manifest import BlobId, ImageId
 from hostler_precache.transfer.pieces import BusyError, NoSpaceError, TargetExistsError
 
 PIECE = manifest.MIN_PIECE_BYTES
 DATA = random.Random(1).randbytes(2 * PIECE + 4321)
 NOBODY = 65534
 DAY = 86400.0
-
-
-def described(data: bytes) -> Manifest:
-    hasher = manifest.Hasher(PIECE)
-    hasher.update(data)
-    return hasher.finish()
 
 
 def image(number: int = 1, disk_format: str = "raw") -> Wanted:
@@ -47,15 +43,8 @@ def image(number: int = 1, disk_format: str = "raw") -> Wanted:
 
 def brought(shelf: Shelf, wanted: Wanted, data: bytes = DATA, *, replace: bool = False) -> Outcome:
     """What the agent does, with the swarm left out."""
-    listed = described(data)
-    shelf.make_room(wanted, listed)
-    store = pieces.PieceStore.open(shelf.directory, wanted.blob_id, listed)
-    try:
-        for piece, span in manifest.spans(listed):
-            store.write(piece, data[span.start : span.stop])
-        return shelf.place(wanted, store, listed, replace=replace)
-    finally:
-        store.close()
+    with transferred(shelf, wanted, data) as store:
+        return shelf.place(wanted, store, described(data), replace=replace)
 
 
 def found(shelf: Shelf, wanted: Wanted, data: bytes = DATA, *, replace: bool = False) -> bool:
@@ -288,6 +277,33 @@ def test_without_a_kept_link_a_file_that_went_is_lost_and_can_be_fetched(make: M
     assert brought(shelf, wanted) is Outcome.PLACED
 
 
+@pytest.mark.parametrize("wiped", ["all of it", "the directory, too", "what is ours in it"])
+def test_a_place_that_is_wiped_is_begun_anew_and_what_was_there_is_lost(
+    make: Make, instances: Path, wiped: str
+) -> None:
+    shelf, first, second = make(), image(1), image(2)
+    brought(shelf, first)
+    brought(shelf, second)
+    match wiped:
+        case "what is ours in it":
+            shutil.rmtree(shelf.directory / ".precache")
+        case "all of it":
+            shutil.rmtree(shelf.directory)
+            shelf.directory.mkdir()
+        case _:
+            shutil.rmtree(shelf.directory)
+    is_there = shelf.target(first).exists()
+
+    assert found(shelf, first) is is_there  # it may be asked for before its loss is noticed
+    assert set(shelf.tend([first, second]).lost) == {first, second}
+    assert shelf.tend([first, second]).lost == ()
+    assert brought(shelf, second) is (Outcome.EXISTING if is_there else Outcome.PLACED)
+    assert shelf.tend([first, second]).lost == ()
+    other = make()
+    with pytest.raises(BusyError):  # it is ours again
+        other.tend([])
+
+
 def test_a_file_that_its_owner_fetched_anew_is_its_own_again(make: Make) -> None:
     shelf, wanted = make(), image()
     brought(shelf, wanted)
@@ -433,6 +449,38 @@ def test_an_unwanted_file_of_ours_goes_after_its_time_and_not_before(
     assert shelf.tend([]).removed == ()
     clock.ahead = DAY + 10
     assert shelf.tend([]).removed == (shelf.target(wanted).name,)
+
+
+def test_a_clock_that_was_ahead_and_is_put_back_keeps_nothing_from_its_time(
+    make: Make, clock: Clock
+) -> None:
+    clock.ahead = 10 * 365 * DAY
+    shelf, kept, unwanted = make(unwanted_seconds=DAY), image(1), image(2)
+    brought(shelf, kept)
+    brought(shelf, unwanted)
+    shelf.tend([kept])
+
+    clock.ahead = 0.0
+    assert shelf.tend([kept]).removed == ()
+    due = shelf.next_scrub(every_seconds=7 * DAY, retry_seconds=DAY)
+    assert due is not None
+    assert due.image_id == kept.image_id
+    shelf.scrubbed(due, damaged_pieces=0)
+    assert shelf.next_scrub(every_seconds=7 * DAY, retry_seconds=DAY) is None
+    clock.ahead = DAY + 10
+    assert shelf.tend([kept]).removed == (shelf.target(unwanted).name,)
+
+
+@pytest.mark.parametrize("age_seconds", [-1.0, 0.0, 1.0])
+def test_however_short_its_owners_patience_is_files_are_not_touched_without_a_pause(
+    make: Make, instances: Path, age_seconds: float
+) -> None:
+    conf = NovaConf(
+        instances_path=instances,
+        base_directory=instances / "_base",
+        original_age_seconds=age_seconds,
+    )
+    assert make(NovaPlacer(conf)).pin_seconds == 1.0
 
 
 def test_wanted_again_in_time_it_stays(make: Make, clock: Clock) -> None:

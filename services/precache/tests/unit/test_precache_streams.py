@@ -128,7 +128,7 @@ async def test_without_progress_it_gives_up_and_says_how_far_it_came(
     assert (error.reason, error.is_transient) == ("source.truncated", True)
     assert re.search(rf"after [1-9]\d+ of {len(DATA)} bytes", error.detail)
     assert len(server.ranges) == 4
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "blob").exists()
 
 
 async def test_an_image_that_changes_at_the_source_meanwhile_is_begun_anew(
@@ -241,7 +241,7 @@ async def test_what_is_not_exactly_the_rest_is_never_taken_for_it(
     error = await refused(session, server.url, tmp_path / "blob")
     assert error.reason == reason
     assert error.is_transient == (reason != "source.forbidden")
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "blob").exists()
 
 
 async def test_a_206_without_a_length_that_sends_too_much_is_refused(

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hostler_precache.swarming import tokens
 
 KEY = bytes(range(32))
-GRANT = tokens.Grant(blob_id="blob-1", distribution_id="dist-1", expires_at=1000)
+DISTRIBUTION = "5a0e1d0e-0000-4000-8000-00000000000d"
+GRANT = tokens.Grant(blob_id="blob-1", distribution_id=DISTRIBUTION, expires_at=1000)
 
 
 def test_a_token_gives_back_its_grant() -> None:
@@ -30,6 +31,15 @@ def test_a_token_opens_nothing_else(blob: str, now: float, key: bytes, reason: s
 def test_a_token_that_is_no_text_is_refused() -> None:
     with pytest.raises(tokens.TokenError, match="malformed"):
         tokens.verify("blob-1.\udcff.1.AAAA", KEY, blob_id="blob-1", now=1.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["x", "", DISTRIBUTION.upper(), f"{{{DISTRIBUTION}}}", "5a0e1d0e"]
+)
+def test_a_member_of_the_swarm_cannot_sign_for_what_is_no_distribution(name: str) -> None:
+    grant = tokens.Grant(blob_id="blob-1", distribution_id=name, expires_at=1000)
+    with pytest.raises(tokens.TokenError, match="malformed"):
+        tokens.verify(tokens.mint(grant, KEY), KEY, blob_id="blob-1", now=1.0)
 
 
 @given(st.text(max_size=80))

@@ -21,7 +21,7 @@ from hostler_precache.swarming import tracker as module
 from hostler_precache.swarming.tracker import MEMBERS_AT_ONCE, Tracker
 from hostler_precache.transfer.manifest import BlobId
 
-ONE, OTHER = BlobId("one"), BlobId("other")
+ONE, OTHER = (BlobId(str(uuid.UUID(int=number))) for number in (1, 2))
 DISTRIBUTION = DistributionId(uuid.uuid4())
 
 
@@ -33,6 +33,9 @@ class Records:
         self.has_rules = self.is_moving = True
         self.reads = 0
         self.hosts = ["h1"]
+        self.silent: list[str] = []
+        self.late: list[str] = []
+        self.asked: list[str] = []
         self.meanwhile: Any = lambda: None
 
     async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
@@ -48,16 +51,23 @@ class Records:
                 host=host,
                 url=f"http://{host}",
                 rack=None,
+                is_there=host not in self.silent,
                 is_moving=self.is_moving,
                 distribution_ids=[DISTRIBUTION],
             )
-            for host in self.hosts
+            for host in (*self.hosts, *self.silent)
         ]
         return SwarmRecord(
             seeds=["http://seed"],
             rules={DISTRIBUTION: rule} if self.has_rules else {},
             members=members if self.has_rules else [],
         )
+
+    async def has_blob(self, host: str, blob_id: uuid.UUID) -> bool:
+        """Whether it is wanted there by now."""
+        del blob_id
+        self.asked.append(host)
+        return host in self.late
 
 
 def tracker_of(records: Records) -> Tracker:
@@ -139,7 +149,9 @@ async def test_a_swarm_in_which_nobody_moves_is_read_seldom_until_somebody_begin
 
 
 async def test_a_host_is_told_of_its_swarm_when_it_has_changed_and_only_then() -> None:
-    tracker = tracker_of(Records())
+    records = Records()
+    records.late = ["late"]
+    tracker = tracker_of(records)
     first = await tracker.swarm("h1", ONE)
     told = protocol.BlobReport(
         distribution_id=str(uuid.uuid4()),
@@ -160,6 +172,35 @@ async def test_a_host_is_told_of_its_swarm_when_it_has_changed_and_only_then() -
     assert changed is not None
     assert "late" in {one.host for one in changed.neighbours}
     assert changed.version != known.version
+
+
+async def test_nobody_is_sent_to_a_host_that_should_not_have_the_blob() -> None:
+    records = Records()
+    records.silent, records.late = ["silent"], ["late"]
+    tracker = tracker_of(records)
+    said = protocol.HostReport(url="http://it", session_id=str(uuid.uuid4()))
+    await tracker.swarm("h1", ONE)
+    heard = {
+        name: await tracker.heard(name, said, ONE)
+        for name in ("h1", "silent", "late", "late", "stranger", "stranger")
+    }
+    assert heard == {"h1": True, "silent": True, "late": True, "stranger": False}
+    neighbours = (await tracker.swarm("h1", ONE)).neighbours
+    assert {one.host for one in neighbours} == {"silent", "late"}
+    assert tracker.members(ONE) == 3
+    # what the record says costs no question
+    assert records.asked == ["late", "stranger", "stranger"]
+    # nor is a swarm read for who has no part in it
+    assert not await tracker.heard("stranger", said, OTHER)
+    assert (list(tracker._swarms), records.reads) == ([ONE], 1)
+
+
+async def test_a_host_that_fell_silent_is_nobodys_neighbour_until_it_speaks() -> None:
+    records = Records()
+    records.hosts, records.silent = ["h1", "h2"], ["h3"]
+    tracker = tracker_of(records)
+    assert [one.host for one in (await tracker.swarm("h1", ONE)).neighbours] == ["h2"]
+    assert (await tracker.swarm("h3", ONE)).neighbours == []
 
 
 async def test_a_read_of_ten_thousand_members_lets_others_be_answered_in_between() -> None:

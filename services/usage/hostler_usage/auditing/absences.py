@@ -15,14 +15,15 @@ from typing import Final
 
 from hostler_usage.auditing.audits import (
     MEANINGS,
-    SAME_MOMENT,
     Code,
     Lived,
     Status,
     Verdict,
     merged,
 )
+from hostler_usage.history.intervals import lives
 from hostler_usage.reading.mapping import Audit
+from hostler_usage.reading.times import SAME_MOMENT
 
 SETTLE: Final = timedelta(minutes=10)
 SILENT_AFTER_PERIODS: Final = 3
@@ -82,9 +83,10 @@ def absences(
 
 
 def _was_there(rule: Audit, lived: Sequence[Lived], period: Known) -> bool:
-    if not lived:
-        return False
-    birth, end = lived[0].start, lived[-1].end
+    return any(_is_owed(rule, life[0].start, life[-1].end, period) for life in lives(lived))
+
+
+def _is_owed(rule: Audit, birth: datetime, end: datetime | None, period: Known) -> bool:
     if rule.every is not None:  # it ran at some moment of the period: only a whole one is sure
         return birth <= period.start and (end is None or end >= period.end)
     return period.end - birth > SAME_MOMENT and (end is None or end - period.start > SAME_MOMENT)
@@ -137,11 +139,12 @@ def expected_periods(
 ) -> tuple[tuple[datetime, datetime], ...]:
     """The periods that the known ones lead to expect up to `until`, and that nobody spoke of.
 
-    Hourly and daily audits only: months have no one length. At most `limit`, oldest first.
+    Hourly and daily audits only: months have no one length. At most `limit`, oldest first. What was said
+    of a time that has not come yet is no reason to expect anything.
     """
     by_length: dict[timedelta, list[datetime]] = defaultdict(list)
     for start, end in known:
-        if end - start in (_HOUR, _DAY):
+        if end - start in (_HOUR, _DAY) and end <= until:
             by_length[end - start].append(start)
     found: list[tuple[datetime, datetime]] = []
     for length, starts in sorted(by_length.items()):

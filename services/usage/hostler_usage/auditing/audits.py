@@ -23,18 +23,16 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
+from hostler_usage.history.observe import LAUNCH_IS_OLD
 from hostler_usage.reading import citation
 from hostler_usage.reading.mapping import Audit, Edge
 from hostler_usage.reading.statement import Evidence, Scalar, Statement
-from hostler_usage.reading.times import EPOCH
+from hostler_usage.reading.times import EPOCH, SAME_MOMENT
 
-SAME_MOMENT: Final = timedelta(seconds=1)
 _HOUR, _DAY = timedelta(hours=1), timedelta(days=1)
 # month and year audits differ in length; each is whole days
 _WHOLE_LENGTHS: Final = frozenset({_HOUR, *(n * _DAY for n in (1, 28, 29, 30, 31, 365, 366))})
 _ANY: Final = Audit()
-# a relaunch whose launched_at is older than this is of a cloud that does not set it anew
-_LAUNCH_IS_OLD: Final = timedelta(minutes=10)
 
 
 class Status(StrEnum):
@@ -243,7 +241,8 @@ class AuditStatement:
     `said_at` is the message's own time. The period is None of those that name none. `born_at` is
     launched_at where the type has segments, else the birth; `ended_at` is deleted_at. A field that
     is None is not compared: the formats leave out different ones. `every` is how often audits run
-    that name no period: once an hour, or once a day.
+    that name no period: once an hour, or once a day. `is_unborn` is that it shows something that has
+    not come to life.
     """
 
     evidence: Evidence
@@ -254,6 +253,7 @@ class AuditStatement:
     ended_at: datetime | None = None
     fields: Mapping[str, Scalar] = field(default_factory=dict)
     every: timedelta = _HOUR
+    is_unborn: bool = False
 
     @property
     def is_partial(self) -> bool:
@@ -359,22 +359,17 @@ def launch(statement: Statement, evidence: Evidence) -> Told | None:
     if statement.edge not in (Edge.LAUNCH, Edge.RELAUNCH) or statement.failed:
         return None
     at = statement.born_at or evidence.event_time
-    is_old = evidence.event_time - at > _LAUNCH_IS_OLD
-    if is_resent(statement) or (statement.edge is Edge.RELAUNCH and is_old):
+    is_old = evidence.event_time - at > LAUNCH_IS_OLD
+    if statement.is_resent or (statement.edge is Edge.RELAUNCH and is_old):
         return None
     return Told(at=at, evidence=evidence)
 
 
 def deletion(statement: Statement, evidence: Evidence) -> Told | None:
     """The moment a delete event gives for the end; None for anything else."""
-    if statement.edge is not Edge.END or statement.failed or is_resent(statement):
+    if statement.edge is not Edge.END or statement.failed or statement.is_resent:
         return None
     return Told(at=statement.ended_at or evidence.event_time, evidence=evidence)
-
-
-def is_resent(statement: Statement) -> bool:
-    """Whether Cinder's audit sends an action again: it is told by a period of no length."""
-    return statement.period is not None and statement.period[0] == statement.period[1]
 
 
 # --- rows

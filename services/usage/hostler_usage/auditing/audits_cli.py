@@ -24,6 +24,7 @@ EndOption = Annotated[
 ]
 ProjectOption = Annotated[str | None, typer.Option(help="Only of this project.")]
 TypeOption = Annotated[str | None, typer.Option(help="Only of this resource type.")]
+_SHARES = ("verified", "repaired", "excused", "unverified")
 LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")]
 
 
@@ -76,19 +77,27 @@ def audit_report(
 ) -> None:
     """How much of the usage in a window rests on audits, by project or otherwise."""
     answer = _get(url, "/v1/audits/report", **_window(start, end), group_by=group_by, limit=1000)
-    statuses = sorted({name for row in answer["report"] for name in row["verdicts"]})
-    columns = (*answer["group_by"], *statuses, "unverified")
+    # one unit a column: hours, then shares of those hours; how many periods got which verdict is a column of its own
+    columns = (*answer["group_by"], "hours held", *_SHARES, "periods")
     rows = [
         {
             **{name: value or "unknown" for name, value in row["group"].items()},
-            **{name: row["verdicts"].get(name, 0) for name in statuses},
-            "unverified": "-"
-            if row["unverified_share"] is None
-            else f"{100 * row['unverified_share']:.2f} %",
+            "hours held": row["resource_microseconds"]["held"] / 3_600_000_000,
+            **{name: _share_of_held(row["resource_microseconds"], name) for name in _SHARES},
+            "periods": ", ".join(
+                f"{count} {status}" for status, count in sorted(row["verdicts"].items())
+            )
+            or "-",
         }
         for row in answer["report"]
     ]
     _show(answer, as_json, f"audits from {answer['start']} to {answer['end']}", columns, rows)
+
+
+def _share_of_held(microseconds: dict[str, int], part: str) -> str:
+    if not microseconds["held"]:
+        return "-"
+    return f"{100 * microseconds[part] / microseconds['held']:.2f} %"
 
 
 def operations(

@@ -18,7 +18,6 @@ from typing import Final, NamedTuple
 
 from hostler_usage.auditing.audits import (
     MEANINGS,
-    SAME_MOMENT,
     AuditStatement,
     Code,
     Lived,
@@ -28,15 +27,16 @@ from hostler_usage.auditing.audits import (
     Verdict,
     audit_statement,
     deletion,
-    is_resent,
     launch,
     merged,
     row_order,
 )
-from hostler_usage.history.intervals import Interval, Provenance
+from hostler_usage.history.intervals import Interval, Provenance, lives
+from hostler_usage.history.observe import is_unborn
 from hostler_usage.reading import citation
 from hostler_usage.reading.mapping import Edge, Life, Resource
 from hostler_usage.reading.statement import Evidence, Scalar, Statement
+from hostler_usage.reading.times import SAME_MOMENT
 
 # audits read all their rows first and send for minutes
 READ_BEFORE: Final = timedelta(minutes=30)
@@ -55,6 +55,8 @@ def reconcile_said(
     events: dict[Evidence, Statement] = {}
     for statement, evidence in said:
         if (audit := audit_statement(statement, evidence, resource.audit)) is not None:
+            if is_unborn(statement, resource, evidence):
+                audit = replace(audit, born_at=None, is_unborn=True)
             audits.append(audit)
             continue
         events[evidence] = statement
@@ -99,7 +101,8 @@ def reconcile(
         if any(item.code is Code.RELAUNCH_REPAIRED for item in found):
             comparison.take_over(group)
         rows += found
-    rows += _deleted_twice(ends or (), intervals)
+    if not resource.ids_return:
+        rows += _deleted_twice(ends or (), intervals)
     rows += _overlaps(groups, intervals)
     rows += _untold(resource, comparison, list(distinct.values()), events)
     births = {item.born_at for item in distinct.values() if item.born_at is not None}
@@ -163,11 +166,11 @@ class _Comparison:
         self.is_segmented = resource.life is Life.SEGMENTS
         self.intervals = intervals
         self.starts = [item.start for item in intervals]
-        self.birth = self.starts[0] if intervals else None
+        self.lives = [(life[0].start, life[-1].end) for life in lives(intervals)]
+        self.births = [birth for birth, _ in self.lives]
         self.are_launches_told = launches is not None
         known = self.starts if launches is None else launches
-        self.launches = sorted({*known, *self.starts[:1]})
-        self.end = intervals[-1].end if intervals else None
+        self.launches = sorted({*known, *self.births})
 
     def held(self, moment: datetime) -> Mapping[str, Scalar]:
         """Our attributes at a moment; the first or last ones outside of the life."""
@@ -179,6 +182,11 @@ class _Comparison:
         """Our attributes just before a moment; the first or last ones outside of the life."""
         return self.intervals[max(0, bisect_left(self.starts, moment) - 1)].attributes
 
+    def life(self, statement: AuditStatement) -> tuple[datetime, datetime | None]:
+        """From birth to end: the last life that had begun when the audit was sent, else the first."""
+        begun = bisect_right(self.births, statement.said_at + SAME_MOMENT)
+        return self.lives[max(0, begun - 1)]
+
     def agrees(self, statement: AuditStatement) -> bool:
         """Whether there is nothing to be said of it."""
         return self._is_as_held(statement) or not self.findings(statement)
@@ -186,16 +194,17 @@ class _Comparison:
     def _is_as_held(self, statement: AuditStatement) -> bool:
         """Whether it is of something alive, launched when we say, with each field ours, as nearly all are."""
         born_at, said_at = statement.born_at, statement.said_at
-        if self.birth is None or statement.ended_at is not None:
+        if not self.intervals or statement.ended_at is not None:
             return False
+        birth, ended_at = self.life(statement)
         start, end = statement.period
-        if start > said_at or end < self.birth or (self.end is not None and self.end < said_at):
+        if start > said_at or end < birth or (ended_at is not None and ended_at < said_at):
             return False
         if born_at is None:
             if self.is_segmented:
                 return False
         else:
-            launch = self._expected_launch(statement) if self.is_segmented else self.birth
+            launch = self._expected_launch(statement) if self.is_segmented else birth
             if launch != born_at and not _is_same(launch, born_at):
                 return False
         held, fields = self.held(said_at), statement.fields
@@ -207,16 +216,21 @@ class _Comparison:
 
     def findings(self, statement: AuditStatement) -> list[_Finding]:
         """What is to be said of one statement; nothing where all agrees."""
-        if self.birth is None:
+        if not self.intervals:
+            if statement.is_unborn:
+                return []  # for us it is not there either
             if self.is_segmented and statement.born_at is None:
                 return [(Code.NO_LAUNCHED_AT, "launched_at", None, None)]
             return [(Code.NO_LIFE, None, None, _spelled(statement.born_at))]
+        birth, ended_at = self.life(statement)
+        if statement.is_unborn and birth >= self._read_from(statement) - SAME_MOMENT:
+            return []
         start, end = statement.period
-        if self.end is not None and start - self.end > SAME_MOMENT:
-            return [(Code.AFTER_END, None, _spelled(self.end), _spelled(start))]
-        if self.birth - end > SAME_MOMENT:
-            return [(Code.BEFORE_BIRTH, None, _spelled(self.birth), _spelled(end))]
-        found = [*self._of_launch(statement), *self._of_end(statement)]
+        if ended_at is not None and start - ended_at > SAME_MOMENT:
+            return [(Code.AFTER_END, None, _spelled(ended_at), _spelled(start))]
+        if birth - end > SAME_MOMENT:
+            return [(Code.BEFORE_BIRTH, None, _spelled(birth), _spelled(end))]
+        found = [*self._of_launch(statement, birth), *self._of_end(statement, ended_at)]
         held = self.held(statement.said_at)
         for name in self.rule.compares:
             theirs = statement.fields.get(name)
@@ -231,23 +245,22 @@ class _Comparison:
             return statement.said_at - READ_BEFORE
         return max(end - SAME_MOMENT, statement.said_at - READ_BEFORE)
 
-    def _of_launch(self, statement: AuditStatement) -> Iterator[_Finding]:
+    def _of_launch(self, statement: AuditStatement, birth: datetime) -> Iterator[_Finding]:
         theirs = statement.born_at
-        assert self.birth is not None
         if theirs is None:
             if self.is_segmented:
-                yield (Code.NO_LAUNCHED_AT, "launched_at", _spelled(self.birth), None)
+                yield (Code.NO_LAUNCHED_AT, "launched_at", _spelled(birth), None)
             return
         ours = self._expected_launch(statement)
         if not self.is_segmented:
             if not any(_is_same(item, theirs) for item in self.launches):
-                yield (Code.LAUNCHED_AT_DIFFERS, "born_at", _spelled(self.birth), _spelled(theirs))
+                yield (Code.LAUNCHED_AT_DIFFERS, "born_at", _spelled(birth), _spelled(theirs))
             return
         if _is_same(ours, theirs):
             return
         finding = ("launched_at", _spelled(ours), _spelled(theirs))
         may_be_older = ours >= self._read_from(statement)
-        if theirs < self.birth - SAME_MOMENT or theirs > statement.said_at + SAME_MOMENT:
+        if theirs < birth - SAME_MOMENT or theirs > statement.said_at + SAME_MOMENT:
             yield (Code.LAUNCHED_AT_DIFFERS, *finding)
         elif not self.are_launches_told:
             return  # our edges need be no launches
@@ -269,29 +282,32 @@ class _Comparison:
             if (
                 self.are_launches_told
                 and theirs is not None
-                and any(code is Code.RELAUNCH_REPAIRED for code, *_ in self._of_launch(statement))
+                and any(
+                    code is Code.RELAUNCH_REPAIRED
+                    for code, *_ in self._of_launch(statement, self.life(statement)[0])
+                )
             ):
                 insort(self.launches, theirs)
 
-    def _of_end(self, statement: AuditStatement) -> Iterator[_Finding]:
+    def _of_end(self, statement: AuditStatement, ended_at: datetime | None) -> Iterator[_Finding]:
         state, theirs = statement.fields.get("state"), statement.ended_at
         is_gone = isinstance(state, str) and state in self.gone
         if theirs is None:
-            if is_gone or self.end is None or self.end >= statement.said_at - SAME_MOMENT:
+            if is_gone or ended_at is None or ended_at >= statement.said_at - SAME_MOMENT:
                 return
-            is_earlier = self.end >= self._read_from(statement)
+            is_earlier = ended_at >= self._read_from(statement)
             code = Code.AGREED_EARLIER if is_earlier else Code.ALIVE_AFTER_END
-            yield (code, "deleted_at", _spelled(self.end), None)
+            yield (code, "deleted_at", _spelled(ended_at), None)
             return
         if statement.born_at is not None and theirs < statement.born_at - SAME_MOMENT:
             launched_at = _spelled(statement.born_at)
             yield (Code.DELETED_BEFORE_LAUNCH, "deleted_at", launched_at, _spelled(theirs))
         if state is not None and not is_gone:
             yield (Code.DELETED_IN_OTHER_STATE, "state", "deleted", state)
-        if self.end is None:
+        if ended_at is None:
             yield (Code.END_UNKNOWN, "deleted_at", None, _spelled(theirs))
-        elif not _is_same(self.end, theirs):
-            yield (Code.DELETED_AT_DIFFERS, "deleted_at", _spelled(self.end), _spelled(theirs))
+        elif not _is_same(ended_at, theirs):
+            yield (Code.DELETED_AT_DIFFERS, "deleted_at", _spelled(ended_at), _spelled(theirs))
 
     def _of_field(
         self, statement: AuditStatement, name: str, ours: Scalar, theirs: Scalar
@@ -448,24 +464,8 @@ def _repairs(
     Those that rest on no audit at all (an update told of the birth) are in the second part.
     """
     found: list[tuple[datetime, _Finding, Sequence[Evidence]]] = []
-    if intervals:
-        first, last = intervals[0], intervals[-1]
-        is_repaired = Provenance.AUDIT in (first.provenance, last.provenance)
-        if deletions is None:
-            end_is_told = not _is_only_of(last.closed_by, statements)
-        else:
-            end_is_told = any(last.end and _is_same(item.at, last.end) for item in deletions)
-        is_end_repaired = is_repaired and last.end is not None and not end_is_told
-        if launches is None:
-            birth_is_told = is_end_repaired and not _is_only_of(first.opened_by, statements)
-        else:
-            birth_is_told = any(_is_same(item, first.start) for item in launches)
-        if is_repaired and not birth_is_told:
-            birth = (Code.BIRTH_REPAIRED, "born_at", None, _spelled(first.start))
-            found.append((first.start, birth, first.opened_by))
-        if is_end_repaired and last.end is not None:
-            death = (Code.END_REPAIRED, "ended_at", None, _spelled(last.end))
-            found.append((last.end, death, last.closed_by))
+    for life in lives(intervals):
+        found += _repaired_edges(life, statements, launches, deletions)
     for before, after in pairwise(intervals):
         if not _is_only_of(before.closed_by, statements):
             continue
@@ -498,6 +498,32 @@ def _repairs(
             cited = tuple(sorted({item.evidence for item in witnesses}, key=citation.order))
             grouped[key].append(replace(verdict, evidence=cited))
     return grouped, alone
+
+
+def _repaired_edges(
+    life: Sequence[Interval],
+    statements: Mapping[Evidence, AuditStatement],
+    launches: list[datetime] | None,
+    deletions: Sequence[Told] | None,
+) -> Iterator[tuple[datetime, _Finding, Sequence[Evidence]]]:
+    """The birth and the end of a life that no event told of."""
+    first, last = life[0], life[-1]
+    is_repaired = Provenance.AUDIT in (first.provenance, last.provenance)
+    if deletions is None:
+        end_is_told = not _is_only_of(last.closed_by, statements)
+    else:
+        end_is_told = any(last.end and _is_same(item.at, last.end) for item in deletions)
+    is_end_repaired = is_repaired and last.end is not None and not end_is_told
+    if launches is None:
+        birth_is_told = is_end_repaired and not _is_only_of(first.opened_by, statements)
+    else:
+        birth_is_told = any(_is_same(item, first.start) for item in launches)
+    if is_repaired and not birth_is_told:
+        birth = (Code.BIRTH_REPAIRED, "born_at", None, _spelled(first.start))
+        yield first.start, birth, first.opened_by
+    if is_end_repaired and last.end is not None:
+        death = (Code.END_REPAIRED, "ended_at", None, _spelled(last.end))
+        yield last.end, death, last.closed_by
 
 
 _Witnesses = tuple[GroupKey | None, Sequence[AuditStatement]]
@@ -600,7 +626,7 @@ def _words(
         value = next((said for key, said in statement.attributes if key == name), None)
         if value is not None:
             is_change = statement.edge is Edge.CHANGE and statement.operation in told_by
-            is_telling = is_change or (statement.edge is Edge.LAUNCH and not is_resent(statement))
+            is_telling = is_change or (statement.edge is Edge.LAUNCH and not statement.is_resent)
             yield _Word(evidence.event_time, value, is_telling, evidence)
 
 
@@ -614,7 +640,6 @@ def _slips(
     words: Sequence[_Word],
     seen: Iterable[tuple[datetime, Scalar]],
 ) -> Iterator[Verdict]:
-    assert comparison.birth is not None
     last: tuple[Scalar, Scalar] | None = None
     for word in words:
         held = comparison.held_before(word.at)
@@ -629,7 +654,7 @@ def _slips(
         last = (ours, theirs)
         start = max(
             (at for at, value in seen if at < word.at and value == ours),
-            default=comparison.birth,
+            default=comparison.births[0],
         )
         midnight = word.at.replace(hour=0, minute=0, second=0, microsecond=0)
         yield Verdict(

@@ -5,26 +5,25 @@ messages that those rest on, and, for callers that may see every project, to the
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
 import asyncpg
 from fastapi import APIRouter, Query, Request
 from pydantic import AwareDatetime, BaseModel, Field
 
-from hostler_common import auth, errors, http
+from hostler_common import auth, http
 from hostler_usage.explaining.explain import HeldPart, MovedPart, Share, body_text
+from hostler_usage.explaining.explain_question import asked_groups, asked_window
 from hostler_usage.explaining.explain_store import (
     VERDICTS_A_RESOURCE,
     ExplainStore,
     Explanation,
     Question,
 )
-from hostler_usage.history.measures import Window, hours
+from hostler_usage.history.measures import hours
 from hostler_usage.history.report_store import ReportStore
 from hostler_usage.reading.event import event_id
-from hostler_usage.windows import WindowInvalid, window
 
 ExplainDep = Annotated[ExplainStore, http.state("explanations")]
 ReportsDep = Annotated[ReportStore, http.state("reports")]
@@ -39,23 +38,6 @@ Bucket = Annotated[
     str | None,
     Query(max_length=32, pattern=r"^[^\x00]*$", description="as a usage row's group spells it"),
 ]
-_MOST: Final = 255
-# filters are named as those of /v1/usage, group values as its groups: both are understood
-_GROUP_OF: Final = {
-    "project_id": "project",
-    "user_id": "user",
-    "resource_id": "resource",
-    "resource_type": "type",
-}
-_NOT_GROUPS: Final = frozenset(
-    {"start", "end", "as_of", "measure", "time_zone", "limit", "marker"}
-)
-
-
-class GroupInvalid(errors.Invalid):
-    """A group value is given twice, differently, or is too long, or none that a text can be."""
-
-    code = "usage.group.invalid"
 
 
 class ExplainedCitation(BaseModel):
@@ -214,8 +196,8 @@ async def explain_usage(
     """
     del project_id, user_id, region, resource_type, resource_id, state_class, label
     del hour, day, month  # named for their description: all groups are read alike
-    asked = _window(start, end, as_of)
-    groups = _groups(request)
+    asked = asked_window(start, end, as_of)
+    groups = asked_groups(request.query_params.multi_items())
     unfolded = await reports.unfolded()
     found = await store.explain(
         Question(
@@ -244,31 +226,6 @@ async def explain_usage(
         next_marker=found.next_marker,
         unfolded_resources=unfolded,
     )
-
-
-def _window(start: datetime, end: datetime, as_of: datetime | None) -> Window:
-    asked = window(start, end)
-    if as_of is None:
-        return asked
-    try:
-        return replace(asked, as_of=min(as_of.astimezone(UTC), asked.as_of))
-    except OverflowError as exc:
-        raise WindowInvalid("as_of lies outside the calendar in UTC") from exc
-
-
-def _groups(request: Request) -> dict[str, str]:
-    """Every parameter that is a group's value, by the group's name."""
-    found: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name in _NOT_GROUPS:
-            continue
-        group = _GROUP_OF.get(name, name)
-        if found.get(group, value) != value:
-            raise GroupInvalid(f"{group[:60]} is given twice")
-        if len(value) > _MOST or "\0" in value:
-            raise GroupInvalid(f"{group[:60]} has {_MOST} characters at most, none of them NUL")
-        found[group] = value
-    return found
 
 
 def _share(item: Share, found: Explanation) -> ResourceItem:

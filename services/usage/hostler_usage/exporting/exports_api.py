@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from hostler_common import auth, errors, http
 from hostler_usage.exporting import export, export_parquet, focus
+from hostler_usage.exporting.corrections import correction_charges
 from hostler_usage.exporting.export_store import Snapshot
 from hostler_usage.exporting.exports import MOST_AT_ONCE, Exports, focus_charges
 from hostler_usage.history.report_store import UsageFilter
@@ -145,11 +146,20 @@ async def export_focus(
     project_id: Name = None,
     region: Name = None,
     resource_type: Name = None,
+    corrections: Annotated[
+        bool,
+        Query(
+            description="also the adjustments to closed months that were written in the window, as"
+            ' rows of ChargeClass "Correction": for who keeps each month\'s file as it was when the'
+            " month closed"
+        ),
+    ] = False,
 ) -> StreamingResponse:
     """Charges in the columns of FOCUS 1.2: a row for each resource, measure and day in UTC.
 
     Without a price book all costs are 0, and columns of unit prices are left out. With a book that has
-    tiers or rounds up, a project's rows are rated together: memory then grows with those.
+    tiers or rounds up, a project's rows are rated together: memory then grows with those. All rows but
+    corrections say what is known now: a file of a closed month that is made again holds them already.
     """
     asked = window(start, end)
     if asked.start.microsecond or asked.end.microsecond:
@@ -162,6 +172,12 @@ async def export_focus(
     is_priced = pricing is not None
 
     async def rows(snapshot: Snapshot) -> AsyncGenerator[Sequence[export.Row]]:
+        if corrections:  # first: they may be refused
+            async with aclosing(
+                correction_charges(snapshot, asked, where, pricing, issuer.currency)
+            ) as late:
+                async for changes in late:
+                    yield [focus.row(charge, issuer, priced=is_priced) for charge in changes]
         async for charges in focus_charges(snapshot, asked, where, pricing, issuer.currency):
             yield [focus.row(charge, issuer, priced=is_priced) for charge in charges]
 

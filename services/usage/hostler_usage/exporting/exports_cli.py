@@ -72,6 +72,10 @@ def export(
         str | None, typer.Option(help="Usage: project, resource, day, flavor, ...")
     ] = None,
     price_book: Annotated[str | None, typer.Option(help="FOCUS: costs are by this book.")] = None,
+    corrections: Annotated[
+        bool,
+        typer.Option("--corrections", help="FOCUS: adjustments to closed months, too."),
+    ] = False,
     project_id: Annotated[str | None, typer.Option(help="Only of this project.")] = None,
     region: Annotated[str | None, typer.Option(help="Only of this region.")] = None,
     resource_type: Annotated[str | None, typer.Option(help="Only of this type.")] = None,
@@ -94,7 +98,11 @@ def export(
         "region": region,
         "resource_type": resource_type,
         **({"group_by": group_by} if what is What.USAGE else {}),
-        **({"price_book": price_book} if what is What.FOCUS else {"guard": str(guard).lower()}),
+        **(
+            {"price_book": price_book, "corrections": str(corrections).lower()}
+            if what is What.FOCUS
+            else {"guard": str(guard).lower()}
+        ),
     }
     address = url or os.environ.get("HOSTLER_URL") or f"http://127.0.0.1:{PORT}"
     try:

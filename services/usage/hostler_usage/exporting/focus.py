@@ -17,7 +17,8 @@ specification leaves open, and how it is read here:
   which may not be null, repeats the id, and `ResourceName` is null.
 - `ResourceType` and the units are the ledger's words; OpenStack's MB and GB are MiB and GiB.
 - A late adjustment to a closed period is a row of its own with `ChargeClass` "Correction", and may
-  have a negative quantity and cost.
+  have a negative quantity and cost. Its charge period is the whole period that it corrects, its
+  billing period the month that it is charged to.
 """
 
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,8 @@ class FocusCharge:
     """What one resource used of one measure in one charge period.
 
     `quantity` is what was consumed: unit-hours, or what moved, in `unit` as FOCUS spells it.
-    `price` is None where no price book is in use, or it does not price this.
+    `price` is None where no price book is in use, or it does not price this. `corrected_in` is a
+    moment of the month that a correction is charged to; None of what is no correction.
     """
 
     start: datetime
@@ -98,7 +100,7 @@ class FocusCharge:
     quantity: Fraction
     currency: str
     price: Price | None = None
-    is_correction: bool = False
+    corrected_in: datetime | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -199,7 +201,7 @@ def row(charge: FocusCharge, issuer: Issuer, *, priced: bool) -> Row:
     unit_price = ZERO if price is None else _unit_price(price.cost, pricing_quantity)
     list_price = ZERO if price is None else _unit_price(price.list_cost, pricing_quantity)
     billed = ZERO if price is None else _decimal(price.cost)
-    began, ended = billing_period(charge.start)
+    began, ended = billing_period(charge.corrected_in or charge.start)
     service, category, subcategory = service_of(charge.resource_type)
     sku = charge.measure if charge.variant is None else f"{charge.measure}/{charge.variant}"
     price_id = f"{sku}@{'unpriced' if price is None else price.price_id}"
@@ -213,7 +215,7 @@ def row(charge: FocusCharge, issuer: Issuer, *, priced: bool) -> Row:
         "BillingPeriodEnd": ended,
         "BillingPeriodStart": began,
         "ChargeCategory": "Usage",
-        "ChargeClass": "Correction" if charge.is_correction else None,
+        "ChargeClass": None if charge.corrected_in is None else "Correction",
         "ChargeDescription": f"{sku} of {charge.resource_type} {charge.resource_id}",
         "ChargeFrequency": "Usage-Based",
         "ChargePeriodEnd": charge.end,
@@ -259,7 +261,11 @@ def row(charge: FocusCharge, issuer: Issuer, *, priced: bool) -> Row:
 
 
 def charge(
-    line: UsageLine, *, currency: str, price: Price | None = None, is_correction: bool = False
+    line: UsageLine,
+    *,
+    currency: str,
+    price: Price | None = None,
+    corrected_in: datetime | None = None,
 ) -> FocusCharge:
     """The charge for a line of usage that is told apart by `GROUPS`."""
     unit, amount = consumed(line)
@@ -278,7 +284,7 @@ def charge(
         quantity=amount,
         currency=currency,
         price=price,
-        is_correction=is_correction,
+        corrected_in=corrected_in,
         tags={
             name: value
             for name in ("flavor", "volume_type", "state_class")

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import accumulate, chain
 from typing import Final
 
 import asyncpg
@@ -21,6 +22,7 @@ import asyncpg
 from hostler_common import db, errors
 from hostler_usage.feeds.feed import PAGE_EVENTS, Feed, Item, Kind, Page, paginate
 from hostler_usage.history.paging import Scope, visible_projects
+from hostler_usage.reading.times import EPOCH
 
 CURRENT_EVENTS: Final = 1000
 """A current feed shows so many events at most; it links to the next ones behind them."""
@@ -184,30 +186,39 @@ class FeedStore:
             *((Kind.PROJECT, item.project_id) for item in items if item.project_id is not None),
         }
         found = await connection.fetch(
-            "SELECT page.* FROM unnest($1::text[], $2::text[]) AS feed (kind, key),"
-            " LATERAL (SELECT * FROM feed_page WHERE (kind, key) = (feed.kind, feed.key)"
+            "SELECT page.* FROM unnest($1::text[], $2::text[]) AS feed (kind, key), LATERAL"
+            " (SELECT kind, key, first_seq, last_seq, is_full, types, cardinality(times) AS held"
+            " FROM feed_page WHERE (kind, key) = (feed.kind, feed.key)"
             " ORDER BY first_seq DESC LIMIT 1) AS page",
             [str(kind) for kind, _ in feeds],
             [key for _, key in feeds],
         )
         last = {(Kind(row["kind"]), row["key"]): _page(row) for row in found}
-        await connection.executemany(
+        held = {(page.kind, page.key, page.first_seq): len(page.times) for page in last.values()}
+        pages = paginate(last, items, self.page_events)
+        added = [
+            page.times[held.get((page.kind, page.key, page.first_seq), 0) :] for page in pages
+        ]
+        ends = list(accumulate(map(len, added)))
+        # an array has no rows of different lengths: what all pages get is cut into each one's
+        await connection.execute(
             "INSERT INTO feed_page (kind, key, first_seq, last_seq, is_full, times, types)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (kind, key, first_seq) DO UPDATE"
+            " SELECT kind, key, first_seq, last_seq, is_full, ($6::timestamptz[])[begin_at + 1:end_at],"
+            " ARRAY(SELECT jsonb_array_elements_text(types)) FROM unnest($1::text[], $2::text[],"
+            " $3::bigint[], $4::bigint[], $5::boolean[], $7::integer[], $8::integer[], $9::jsonb[])"
+            " AS page (kind, key, first_seq, last_seq, is_full, begin_at, end_at, types)"
+            " ON CONFLICT (kind, key, first_seq) DO UPDATE"
             " SET last_seq = excluded.last_seq, is_full = excluded.is_full,"
-            " times = excluded.times, types = excluded.types",
-            [
-                (
-                    str(page.kind),
-                    page.key,
-                    page.first_seq,
-                    page.last_seq,
-                    page.is_full,
-                    page.times,
-                    page.types,
-                )
-                for page in paginate(last, items, self.page_events)
-            ],
+            " times = feed_page.times || excluded.times, types = excluded.types",
+            [str(page.kind) for page in pages],
+            [page.key for page in pages],
+            [page.first_seq for page in pages],
+            [page.last_seq for page in pages],
+            [page.is_full for page in pages],
+            list(chain.from_iterable(added)),
+            [0, *ends[:-1]],
+            ends,
+            [page.types for page in pages],
         )
 
     async def settled_seq(self) -> int:
@@ -544,12 +555,13 @@ def _view(feed: Feed, scope: Scope) -> _View:
 
 
 def _page(row: asyncpg.Record) -> Page:
+    """A page that is gone on with. How many times it holds is known; which, nobody needs to read back."""
     return Page(
         kind=Kind(row["kind"]),
         key=row["key"],
         first_seq=row["first_seq"],
         last_seq=row["last_seq"],
-        times=tuple(row["times"]),
+        times=(EPOCH,) * row["held"],
         types=tuple(row["types"]),
         is_full=row["is_full"],
     )

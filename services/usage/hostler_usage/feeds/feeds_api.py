@@ -7,6 +7,7 @@ the default) and JSON as plain text; they also answer where yagi had them: at `/
 `/` for who accepts `application/atom+xml`, where others get the overview.
 
 A feed of something that nothing was said of yet is empty: a reader may wait for its first event.
+Readers look for changes, and subscribers for the hub, by HEAD as well as by GET.
 """
 
 from collections.abc import Mapping
@@ -89,6 +90,7 @@ yagi_root_router = APIRouter(
 )
 
 
+@router.head("/feeds/all.atom", include_in_schema=False)
 @router.get("/feeds/all.atom", operation_id="feed_all")
 async def feed_all(
     request: Request,
@@ -101,6 +103,7 @@ async def feed_all(
     return await _feed(request, publisher, caller, Feed(kind=Kind.ALL), archive, before)
 
 
+@router.head("/feeds/types/{event_type:feed_key}.atom", include_in_schema=False)
 @router.get("/feeds/types/{event_type:feed_key}.atom", operation_id="feed_type")
 async def feed_type(
     request: Request,
@@ -115,6 +118,7 @@ async def feed_type(
     return await _feed(request, publisher, caller, feed, archive, before)
 
 
+@router.head("/feeds/projects/{project_id:feed_key}.atom", include_in_schema=False)
 @router.get("/feeds/projects/{project_id:feed_key}.atom", operation_id="feed_project")
 async def feed_project(
     request: Request,
@@ -129,6 +133,9 @@ async def feed_project(
     return await _feed(request, publisher, caller, feed, archive, before)
 
 
+@router.head(
+    "/feeds/resources/{resource_type}/{resource_id:feed_key}.atom", include_in_schema=False
+)
 @router.get(
     "/feeds/resources/{resource_type}/{resource_id:feed_key}.atom", operation_id="feed_resource"
 )
@@ -149,7 +156,9 @@ async def feed_resource(
 # --- yagi's
 
 
+@yagi_root_router.head("/")
 @yagi_root_router.get("/")
+@yagi_router.head("/yagi/")
 @yagi_router.get("/yagi/")
 async def yagi_all(
     request: Request, publisher: PublisherDep, caller: auth.Caller, page: PageNumber = None
@@ -158,7 +167,9 @@ async def yagi_all(
     return await _yagi(request, publisher, caller, Feed(kind=Kind.ALL, shape=Shape.YAGI), page)
 
 
+@yagi_router.head("/yagi/{event_type}")
 @yagi_router.get("/yagi/{event_type}")
+@yagi_router.head("/{event_type:event_type}")
 @yagi_router.get("/{event_type:event_type}")
 async def yagi_type(
     request: Request,
@@ -174,7 +185,9 @@ async def yagi_type(
     return await _yagi(request, publisher, caller, feed, page)
 
 
+@yagi_router.head("/yagi/{event_type}/{message_id}")
 @yagi_router.get("/yagi/{event_type}/{message_id}")
+@yagi_router.head("/{event_type:event_type}/{message_id}")
 @yagi_router.get("/{event_type:event_type}/{message_id}")
 async def yagi_event(
     request: Request,

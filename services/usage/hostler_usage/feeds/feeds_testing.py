@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import aiohttp
@@ -164,8 +165,9 @@ async def open_feeds(
     page_events: int = 3,
     lease: Lease = Lease(),  # noqa: B008  frozen
     most: int = 1000,
+    **overrides: Any,  # noqa: ANN401  settings of any type
 ) -> AsyncIterator[Feeds]:
-    """The feeds and the hub on a migrated database, with tokens."""
+    """The feeds and the hub on a migrated database, with tokens; `overrides` are settings."""
     tokens = directory / "tokens"
     tokens.write_text(
         "".join(
@@ -173,15 +175,15 @@ async def open_feeds(
             for token, line in TOKENS.items()
         )
     )
-    values = settings.load(
-        Settings,
-        amqp_url="amqp://nobody.invalid",
-        database_url=database_url,
-        auth_mode="token",
-        auth_tokens_file=tokens,
-        http_port=0,
-        log_level="WARNING",
-    )
+    given: dict[str, Any] = {
+        "amqp_url": "amqp://nobody.invalid",
+        "database_url": database_url,
+        "auth_mode": "token",
+        "auth_tokens_file": tokens,
+        "http_port": 0,
+        "log_level": "WARNING",
+    }
+    values = settings.load(Settings, **{**given, **overrides})
     await db.migrate(database_url, schema="usage", package=app.PACKAGE)
     outcomes: list[str] = []
     async with (

@@ -1,14 +1,16 @@
 """The WebSub hub over HTTP (W3C Recommendation, section 5), and a list of who is subscribed.
 
-A subscription sees what the caller saw who made it, until its lease ends, and less where the caller's
-token is gone or sees less meanwhile (`hub_deliver`). Requests are answered before the subscriber is
-called: 202 says that the request was understood, nothing more.
+A subscription sees what the caller saw who made it, until its lease ends, and less where the
+caller's token is gone or sees less meanwhile (`hub_deliver`). Of a signed token nothing more is
+heard once it was shown: what it subscribed to ends when it does, and is renewed with the next one.
+Requests are answered before the subscriber is called: 202 says that the request was understood,
+nothing more.
 """
 
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -127,7 +129,7 @@ async def hub_request(
         raise CallbackForbidden("the hub does not call this machine, its link or multicast")
     await hub.ask(
         asked,
-        lease_seconds=terms.lease.seconds(asked.lease_seconds),
+        lease_seconds=terms.lease.seconds(asked.lease_seconds, _token_lasts(caller)),
         caller=caller.name,
         scope=caller.projects,
     )
@@ -178,6 +180,13 @@ async def deny_subscription(
 ) -> None:
     """End a subscription; its subscriber is told that it is denied."""
     await hub.deny(subscription_id, reason)
+
+
+def _token_lasts(caller: auth.Principal) -> int | None:
+    """For how many seconds the caller's token is good; None where it does not end by itself."""
+    if caller.expires_at is None:
+        return None
+    return int((caller.expires_at - datetime.now(UTC)).total_seconds())
 
 
 def _is_out_of_reach(callback: str, allowed: Sequence[Network]) -> bool:

@@ -7,7 +7,7 @@ A failing subscriber is tried again, ever more rarely, until its lease ends; it 
 
 What a subscriber is told is what its maker might see then and may see now: where tokens are in a
 file, that file is asked at every delivery. Of signed tokens nothing is known between two requests:
-there the lease is what ends a subscription.
+there the lease is what ends a subscription, and it is no longer than the token was good for.
 """
 
 import asyncio
@@ -20,7 +20,6 @@ from typing import Final
 from hostler_common import auth, logs
 from hostler_usage.feeds import atom, websub
 from hostler_usage.feeds.callbacks import Callbacks, CallFailedError
-from hostler_usage.feeds.feed import Feed
 from hostler_usage.feeds.feed_store import FeedNotFound, FeedStore
 from hostler_usage.feeds.hub_store import Asked, Claimed, HubStore
 from hostler_usage.feeds.hub_topic import topic_feed
@@ -202,7 +201,7 @@ class FeedJobs:
         body = await self.publisher.document(edition)
         try:
             answer = await self.callbacks.post(
-                claimed.callback, body, _headers(claimed, base, feed, body)
+                claimed.callback, body, _headers(claimed, base, body)
             )
         except CallFailedError as exc:
             await self._failed(claimed, str(exc))
@@ -239,10 +238,11 @@ class FeedJobs:
             log.warning("delivery_failed", topic=claimed.topic, reason=reason)
 
 
-def _headers(claimed: Claimed, base: str, feed: Feed, body: bytes) -> dict[str, str]:
+def _headers(claimed: Claimed, base: str, body: bytes) -> dict[str, str]:
     headers = {
         "Content-Type": f"{atom.MEDIA_TYPE}; charset=utf-8",
-        "Link": f'<{base}/hub>; rel="hub", <{base}{feed.path}>; rel="self"',
+        # the topic as it was subscribed to, however it spells its feed's name: by that subscribers know it
+        "Link": f'<{base}/hub>; rel="hub", <{claimed.topic}>; rel="self"',
     }
     if claimed.secret is not None:
         headers["X-Hub-Signature"] = websub.signature(claimed.secret, body)

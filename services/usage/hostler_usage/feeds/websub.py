@@ -52,9 +52,14 @@ class Lease:
     usual: int = 86_400
     most: int = 864_000
 
-    def seconds(self, asked: int | None) -> int:
-        """How long a subscription lasts: what was asked for, within the bounds; never for ever."""
-        return self.usual if asked is None else max(self.least, min(asked, self.most))
+    def seconds(self, asked: int | None, token_lasts: int | None = None) -> int:
+        """How long a subscription lasts: what was asked for, within the bounds; never for ever.
+
+        `token_lasts` is for how long the token is good that was shown, where it ends by itself: what
+        its holder may see cannot be asked after that, so the subscription ends with it.
+        """
+        granted = self.usual if asked is None else max(self.least, min(asked, self.most))
+        return granted if token_lasts is None else max(1, min(granted, token_lasts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,10 +31,10 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Final, NamedTuple
 
-from hostler_usage.history.intervals import SAME_MOMENT, Interval
+from hostler_usage.history.intervals import Interval
 from hostler_usage.reading.mapping import Reading
 from hostler_usage.reading.statement import Evidence, Statement
-from hostler_usage.reading.times import MICROSECOND
+from hostler_usage.reading.times import MICROSECOND, SAME_MOMENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

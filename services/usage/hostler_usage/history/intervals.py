@@ -14,21 +14,25 @@ Four rules make it so:
 3. An audit that contradicts an event of the half hour before it is taken to be older than it looks;
    if it is right, the next one says so again.
 4. Birth is the earliest moment the resource is known to have been in being; death is the earliest
-   end of the most trusted kind. Nothing after a death is usage. What held at birth but was lost is
-   filled from the first observation that speaks of it.
+   end of the most trusted kind. Nothing after a death is usage, but where ids return: there what is
+   launched later lives anew. What held at birth but was lost is filled from the first observation
+   that speaks of it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
-from itertools import groupby
+from itertools import compress, groupby, pairwise
+from operator import not_
+from typing import Protocol, TypeVar
 
 from hostler_usage.history.observation import Kind, Observation, Rank
 from hostler_usage.reading import citation
 from hostler_usage.reading.statement import Evidence, Scalar
+from hostler_usage.reading.times import SAME_MOMENT
 
-SAME_MOMENT = timedelta(seconds=1)
 # audits read all their rows first and send for minutes: what an event has said since outranks them
 AUDIT_IS_STALE = timedelta(minutes=30)
 
@@ -65,6 +69,26 @@ class Interval:
     provenance: Provenance
 
 
+class _Span(Protocol):
+    @property
+    def start(self) -> datetime: ...
+    @property
+    def end(self) -> datetime | None: ...
+
+
+SpanT = TypeVar("SpanT", bound=_Span)
+
+
+def lives(spans: Sequence[SpanT]) -> list[Sequence[SpanT]]:
+    """Spans in order of time, parted where one does not go on from the one before."""
+    begun = [
+        number
+        for number, span in enumerate(spans)
+        if not number or spans[number - 1].end != span.start
+    ]
+    return [spans[first:after] for first, after in pairwise([*begun, len(spans)])]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
     """All that is known of one resource."""
@@ -74,9 +98,58 @@ class History:
     is_born_of_event: bool = False
 
 
-def fold(observations: Iterable[Observation]) -> History:
-    """Return the history that a set of observations of one resource amounts to."""
+def fold(observations: Iterable[Observation], *, ids_return: bool = False) -> History:
+    """Return the history that a set of observations of one resource amounts to.
+
+    With `ids_return`, what was told to have ended may begin again under the same id.
+    """
     seen = set(observations)
+    if not ids_return:
+        return _life(seen)
+    histories = [_life(life) for life in _parted(seen)]
+    anomalies = (anomaly for history in histories for anomaly in history.anomalies)
+    return History(
+        intervals=tuple(item for history in histories for item in history.intervals),
+        anomalies=tuple(dict.fromkeys(anomalies)),
+        is_born_of_event=histories[0].is_born_of_event,
+    )
+
+
+def _parted(seen: Iterable[Observation]) -> list[list[Observation]]:
+    """The observations of each life, of one at least: an end that an event told of closes it.
+
+    The next one is opened by a launch, or by what shows it so much later that it cannot be stale.
+    """
+    others: list[Observation] = []
+    ends: list[Observation] = []
+    for item in seen:
+        is_told = item.kind is Kind.END and item.rank is Rank.DELETE
+        (ends if is_told else others).append(item)
+    ends = _settled(ends)
+    moments = [item.t_eff for item in ends]
+    # told again within a second, it is the same end
+    cuts = moments[:1] + [at for before, at in pairwise(moments) if at - before > SAME_MOMENT]
+    parts: list[list[Observation]] = [[] for _ in range(len(cuts) + 1)]
+    for item in ends:
+        number = bisect_right(cuts, item.t_eff) - 1
+        parts[number].append(replace(item, t_eff=cuts[number], is_rounded=False))
+    for item in others:
+        number = bisect_left(cuts, item.t_eff)
+        is_late = number == 0 or item.t_eff - cuts[number - 1] > AUDIT_IS_STALE
+        is_opening = item.opens and (is_late or item.rank is Rank.CREATE)
+        parts[number].append(item if item.opens == is_opening else replace(item, opens=False))
+    found = parts[:1]
+    for part in parts[1:]:
+        birth = min((item.t_eff for item in part if item.opens), default=None)
+        is_of_it = [birth is not None and item.t_eff >= birth - SAME_MOMENT for item in part]
+        found[-1] += compress(part, map(not_, is_of_it))  # it came too late for the life before
+        if birth is not None:
+            found.append(list(compress(part, is_of_it)))
+    return found
+
+
+def _life(seen: Collection[Observation]) -> History:
+    """The history of what lives once."""
     states = _settled(item for item in seen if item.kind is Kind.STATE)
     openings = [item for item in states if item.opens]
     if not openings:

@@ -5,7 +5,7 @@ function of the set of statements, whatever order or how often they came in.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hostler_usage.auditing.audits import Reconciliation
 from hostler_usage.auditing.reconciliation import reconcile_said
@@ -32,20 +32,33 @@ class Ledger:
 def reckon(resource: Resource, said: Iterable[Said]) -> Ledger:
     """Return what a set of statements, each with the message it came in, amounts to."""
     distinct = in_order(said)
-    history = fold(
+    observed = (
         observation
         for statement, evidence in without_repetitions(distinct)
         for observation in observe(statement, resource, evidence)
     )
-    moved = amounts(distinct, history.intervals, is_born_of_event=history.is_born_of_event)
+    history = fold(observed, ids_return=resource.ids_return)
+    intervals = tuple(_completed(interval, resource) for interval in history.intervals)
+    moved = amounts(distinct, intervals, is_born_of_event=history.is_born_of_event)
     doubts = (Anomaly.COUNTS_OVERLAP,) if moved.is_overlapping else ()
     return Ledger(
-        intervals=history.intervals,
+        intervals=intervals,
         amounts=moved.amounts,
         operations=pair_said(resource.name, distinct),
-        reconciliation=reconcile_said(resource, history.intervals, distinct),
+        reconciliation=reconcile_said(resource, intervals, distinct),
         anomalies=history.anomalies + doubts,
     )
+
+
+def _completed(interval: Interval, resource: Resource) -> Interval:
+    """The interval, with what nobody said of an attribute taken from what stands in for it."""
+    said = interval.attributes
+    added = {
+        name: said.get(attribute.otherwise)
+        for name, attribute in resource.attributes.items()
+        if attribute.otherwise is not None and said.get(name) is None
+    }
+    return replace(interval, attributes={**said, **added}) if added else interval
 
 
 def in_order(said: Iterable[Said]) -> list[Said]:

@@ -78,3 +78,12 @@ def hours(unit_microseconds: int) -> Decimal:
     """The amount in unit-hours, for eyes: rounded half even to a millionth."""
     exact = _DIGITS.divide(Decimal(unit_microseconds), Decimal(MICROSECONDS_PER_HOUR))
     return exact.quantize(_SHOWN, context=_DIGITS)
+
+
+def shown_hours(unit_microseconds: Mapping[str, int]) -> dict[str, float]:
+    """For each measure the number that is nearest to its `hours`, reckoned in whole numbers: it is asked for often."""
+    # a millionth of an hour is 3,600 microseconds; what lies between two even halves goes to the even one
+    return {
+        name: ((amount + 1800) // 3600 - (amount % 7200 == 1800)) / 1_000_000
+        for name, amount in unit_microseconds.items()
+    }

@@ -9,10 +9,11 @@ database some time before the new moment follows (`Resource.between_segments`). 
 have no such field: they hold from the time of the event that shows them.
 
 In a *plain* life (volumes, images, addresses) a body is a full snapshot at the time of its event,
-and says of the birth only that it happened. `cinder-volume-usage-audit --send_actions` sends the
-create and delete events of its period again: new message ids, the audit run's timestamp, today's
-size. They are told by an audit period of no length (cinder/cmd/volume_usage_audit.py), whose moment
-is the true one, and count as evidence only.
+and says of the birth only that it happened. Of a volume that is not there yet, or never came to be,
+Cinder says that it was launched now (`Resource.now_is_unborn`): that is no birth.
+`cinder-volume-usage-audit --send_actions` sends the create and delete events of its period again:
+new message ids, the audit run's timestamp, today's size. They are told by an audit period of no
+length (cinder/cmd/volume_usage_audit.py), whose moment is the true one, and count as evidence only.
 """
 
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ from datetime import timedelta
 from hostler_usage.history.observation import Kind, Observation, Rank
 from hostler_usage.reading.mapping import Edge, Holds, Life, Resource
 from hostler_usage.reading.statement import Attributes, Evidence, Statement
+from hostler_usage.reading.times import SAME_MOMENT
 
-# the .end of a launch follows the launch within seconds
-_LAUNCH_IS_OLD = timedelta(minutes=10)
+# the .end of a launch follows it within seconds: of a cloud that does not set launched_at anew it is that of the birth
+LAUNCH_IS_OLD = timedelta(minutes=10)
 _RANK_OF_STATE = {Edge.CHANGE: Rank.ACTION, Edge.NOTE: Rank.UPDATE, Edge.AUDIT: Rank.EVIDENCE}
 _RANK_OF_END = {Edge.END: Rank.DELETE, Edge.NOTE: Rank.UPDATE, Edge.AUDIT: Rank.EVIDENCE}
 _SILENT = frozenset({Edge.NONE, Edge.COUNT})
@@ -37,6 +39,21 @@ def observe(statement: Statement, resource: Resource, evidence: Evidence) -> Ite
     if resource.life is Life.SEGMENTS:
         return _segmented(statement, resource, evidence)
     return _plain(statement, resource, evidence)
+
+
+def is_unborn(statement: Statement, resource: Resource, evidence: Evidence) -> bool:
+    """Whether a body in passing shows something, of a plain life, that has not come to life."""
+    if resource.life is Life.SEGMENTS or statement.edge in (Edge.LAUNCH, Edge.RELAUNCH):
+        return False
+    return _state(statement) in resource.unborn or _is_born_now(statement, resource, evidence)
+
+
+def _is_born_now(statement: Statement, resource: Resource, evidence: Evidence) -> bool:
+    return (
+        resource.now_is_unborn
+        and statement.born_at is not None
+        and evidence.event_time - statement.born_at <= SAME_MOMENT
+    )
 
 
 def _state(statement: Statement) -> str | None:
@@ -100,7 +117,7 @@ def _launch(statement: Statement, evidence: Evidence) -> Observation:
     if (
         is_relaunch
         and launched_at is not None
-        and evidence.event_time - launched_at > _LAUNCH_IS_OLD
+        and evidence.event_time - launched_at > LAUNCH_IS_OLD
     ):
         launched_at = None  # of a cloud that did not set it anew: it is that of the birth
     return Observation(
@@ -147,7 +164,7 @@ def _that_hold(statement: Statement, resource: Resource, holds: Holds) -> Attrib
 def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iterator[Observation]:
     edge = statement.edge
     period = statement.period
-    resent_moment = period[0] if period is not None and period[0] == period[1] else None
+    resent_moment = period[0] if period is not None and statement.is_resent else None
     is_resent = edge in (Edge.LAUNCH, Edge.END) and resent_moment is not None
     born_at = statement.born_at or (resent_moment if edge is Edge.LAUNCH else None)
     if edge in (Edge.LAUNCH, Edge.RELAUNCH) and not is_resent:
@@ -164,7 +181,8 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
     state = _state(statement)
     if state in resource.unborn:
         return
-    if born_at is not None:
+    is_born_now = _is_born_now(statement, resource, evidence)
+    if born_at is not None and not is_born_now:
         yield Observation(
             kind=Kind.STATE,
             t_eff=born_at,
@@ -183,6 +201,8 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
             is_rounded=ended_at is not None,
             evidence=evidence,
         )
+        if is_born_now:
+            return  # it never was
     yield Observation(
         kind=Kind.STATE,
         t_eff=evidence.event_time,

@@ -9,8 +9,9 @@ import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from collections.abc import Mapping as Table
-from dataclasses import dataclass
-from datetime import datetime
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -18,6 +19,7 @@ import asyncpg
 
 from hostler_common import db, errors
 from hostler_usage.history import usage_sql
+from hostler_usage.history.day_sum_store import BUCKETS, GROUPS, SLICE, DaySums, Summed
 from hostler_usage.history.measures import Window
 from hostler_usage.history.paging import (
     BadMarker,
@@ -69,8 +71,6 @@ _COLUMN: Final = {
     "label": "label",
 }
 _BUCKETS: Final = ("hour", "day", "month")
-# what sums of whole days can be grouped by
-_SUMMED: Final = frozenset({"project", "region", "type", "day", "month"})
 ROWS_A_BATCH: Final = 1000
 # a whole table is grouped at once: with the usual 4 MB it is sorted on the disk
 _IN_MEMORY: Final = "SET LOCAL work_mem = '64MB'"
@@ -114,8 +114,8 @@ class UsageRow:
 class SliceRow:
     """The usage of one group in one slice of a window, counted from zero; amounts as in `UsageRow`.
 
-    A group has a row for each type of its resources and for each counter that moved, and where both
-    sums of days and facts answered it has one of each: they add up.
+    A group may have a row for each type of its resources and for each counter that moved, and one from
+    the sums of days beside those from the facts: they add up.
     """
 
     slice: int
@@ -196,25 +196,28 @@ class ReportStore:
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
+        edges = (window.start, window.upper)
         async with db.connection(self.pool) as connection:
             try:
                 if not set(_BUCKETS).isdisjoint(groups):
                     # whether the name is good must not depend on what there is to cut
                     await connection.fetchval("SELECT now() AT TIME ZONE $1::text", time_zone)
-                query = await self._query(
-                    connection,
-                    (window.start, window.upper),
-                    groups,
-                    where,
-                    time_zone=time_zone,
-                    marker=marker,
-                    limit=limit,
-                )
-                rows = await connection.fetch(query.text, *query.values)
+                of = await self._parts(connection, edges, groups, where, time_zone)
+                sums = self._day_sums(of, groups, where)
+                if sums is not None:
+                    after = marked_parts(marker, len(groups)) or None
+                    summed, is_more = await sums.page(connection, after, limit)
+                    found = [_summed_row(one) for one in summed]
+                else:
+                    query = self._query(
+                        of, edges, groups, where, time_zone=time_zone, marker=marker, limit=limit
+                    )
+                    rows = await connection.fetch(query.text, *query.values)
+                    found = [query.usage_row(row) for row in rows]
+                    is_more = bool(groups) and len(rows) == limit
             except asyncpg.InvalidParameterValueError as exc:
                 raise GroupUnknown(f"there is no time zone {time_zone}") from exc
-        found = [query.usage_row(row) for row in rows]
-        if not groups or len(rows) < limit:
+        if not is_more:
             return found, None
         return found, marker_after([found[-1].group[name] or "" for name in groups])
 
@@ -227,9 +230,17 @@ class ReportStore:
             GroupUnknown: there is no such group.
             DatabaseUnavailable: the database is away.
         """
+        edges = (window.start, window.upper)
         async with db.transaction(self.pool) as connection:
-            query = await self._query(connection, (window.start, window.upper), groups, where)
+            of = await self._parts(connection, edges, groups, where)
             await connection.execute(_IN_MEMORY)
+            sums = self._day_sums(of, groups, where)
+            if sums is not None:
+                async with aclosing(sums.all(connection)) as batches:
+                    async for summed in batches:
+                        yield [_summed_row(one) for one in summed]
+                return
+            query = self._query(of, edges, groups, where)
             cursor = await connection.cursor(query.text, *query.values)
             while rows := await cursor.fetch(ROWS_A_BATCH, timeout=_READING_SECONDS):
                 yield [query.usage_row(row) for row in rows]
@@ -260,17 +271,59 @@ class ReportStore:
         happened = [*(edge for edge in edges if edge < as_of), min(edges[-1], as_of)]
         window = sorted(set(happened))
         async with db.transaction(self.pool) as connection:
-            query = await self._query(
-                connection, window, groups, where, is_sliced=True, leading=leading
-            )
+            of = await self._parts(connection, window, groups, where)
             await connection.execute(_IN_MEMORY)
+            sums = self._day_sums(of, groups, where)
+            if sums is not None:
+                async with aclosing(_day_slices(sums, connection, window, leading)) as batches:
+                    async for rows in batches:
+                        yield rows
+                return
+            query = self._query(of, window, groups, where, is_sliced=True, leading=leading)
             cursor = await connection.cursor(query.text, *query.values)
-            while rows := await cursor.fetch(ROWS_A_BATCH, timeout=_READING_SECONDS):
-                yield query.slice_rows(rows)
+            while found := await cursor.fetch(ROWS_A_BATCH, timeout=_READING_SECONDS):
+                yield query.slice_rows(found)
 
-    async def _query(
+    async def _parts(
         self,
         connection: db.Connection,
+        edges: Sequence[datetime],
+        groups: Sequence[Group],
+        where: UsageFilter,
+        time_zone: str = "UTC",
+    ) -> Parts:
+        """Which days of the window have sums that can answer, and what is left to the facts."""
+        if not self._measures(where) or not _is_summed(groups, where, time_zone):
+            return parts(edges, None)
+        return parts(edges, await days_until(connection))
+
+    def _measures(self, where: UsageFilter) -> list[Measure]:
+        return [
+            item
+            for item in self.mapping.measures
+            if where.resource_type in (None, item.resource_type)
+        ]
+
+    def _day_sums(self, of: Parts, groups: Sequence[Group], where: UsageFilter) -> DaySums | None:
+        """What answers where sums of whole days do so alone."""
+        if not of.days or of.rest or where.subjects is not None or not GROUPS.issuperset(groups):
+            return None
+        if len(BUCKETS.intersection(groups)) > 1:
+            return None
+        ((first, until),) = of.days
+        return DaySums(
+            first=first,
+            until=until,
+            groups=groups,
+            measures=self._measures(where),
+            projects=visible_projects(where.scope, where.project_id),
+            region=where.region,
+            resource_type=where.resource_type,
+        )
+
+    def _query(
+        self,
+        of: Parts,
         edges: Sequence[datetime],
         groups: Sequence[Group],
         where: UsageFilter,
@@ -282,11 +335,7 @@ class ReportStore:
         limit: int | None = None,
     ) -> "_Query":
         """What to ask for the usage of the window that `edges` begin and end, and cut if it is sliced."""
-        measures = [
-            item
-            for item in self.mapping.measures
-            if where.resource_type in (None, item.resource_type)
-        ]
+        measures = self._measures(where)
         conditions = Conditions(edges[0], edges[-1])
         kinds = group_kinds(groups)
         dimensions = [self._dimension(group, kinds) for group in groups]
@@ -309,9 +358,6 @@ class ReportStore:
         conditions.add("resource_id = {}", where.resource_id)
         clause = conditions.also
         bucket = buckets[0] if buckets else None
-        of = parts(edges, None)
-        if measures and _is_summed(groups, where, time_zone):
-            of = parts(edges, await days_until(connection))
         after = Conditions(*conditions.values)
         if marker is not None:
             values = marked_parts(marker, len(groups))
@@ -581,9 +627,33 @@ def group_kinds(groups: Iterable[Group]) -> list[str]:
 def _is_summed(groups: Sequence[Group], where: UsageFilter, time_zone: str) -> bool:
     """Whether sums of whole days can answer, where days are summed up."""
     columns = {group for group in groups if not group.startswith(GROUP_PREFIX)}
-    if not _SUMMED.issuperset(columns) or where.resource_id is not None:
+    if not GROUPS.issuperset(columns) or where.resource_id is not None:
         return False
     return time_zone == "UTC" or {"day", "month"}.isdisjoint(groups)
+
+
+async def _day_slices(
+    sums: DaySums, connection: db.Connection, edges: Sequence[datetime], leading: int
+) -> AsyncGenerator[list[SliceRow]]:
+    """What is cut where days end, from the sums of days alone."""
+    days = [edge.astimezone(UTC).date() for edge in edges]
+    bucket, numbers = SLICE, {str(n + 1): n for n in range(len(days) - 1)}
+    if len(days) - 1 == (days[-1] - days[0]).days:  # as they are stored: there is less to reckon
+        bucket, numbers = "day", {f"{day}T00:00:00": n for n, day in enumerate(days)}
+    groups = [*sums.groups[:leading], bucket, *sums.groups[leading:]]
+    sliced = replace(sums, groups=groups, edges=days)
+    async with aclosing(sliced.all(connection)) as batches:
+        async for batch in batches:
+            yield [
+                SliceRow(slice=numbers[group.pop(bucket) or ""], group=group, amounts=amounts)
+                for group, amounts in batch
+                if amounts
+            ]
+
+
+def _summed_row(summed: Summed) -> UsageRow:
+    group, amounts = summed
+    return UsageRow(group=group, amounts=amounts, resources=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,11 +23,12 @@ from typing import Final, NamedTuple
 from hostler_usage.auditing.audits import Code, audit_statement
 from hostler_usage.auditing.reconciliation import group_key
 from hostler_usage.auditing.repetition import Said, without_repetitions
-from hostler_usage.history.intervals import Anomaly
+from hostler_usage.history.intervals import Anomaly, lives
 from hostler_usage.history.ledger import Ledger, in_order
 from hostler_usage.history.rollup import midnight
 from hostler_usage.reading.mapping import Edge, Reading
 from hostler_usage.reading.statement import Statement
+from hostler_usage.reading.times import SAME_MOMENT
 
 # what was sent later than this after its time is read with everything
 _LATE: Final = timedelta(hours=6)
@@ -37,7 +38,6 @@ _BEYOND: Final = timedelta(hours=12)
 _MARGIN: Final = timedelta(hours=1)
 # an audit of a period before the line is compared with what held when it was sent: in the margin
 _SENT_WITHIN: Final = timedelta(minutes=50)
-_SAME_MOMENT: Final = timedelta(seconds=1)
 # fewer statements than these are not worth a row of their own
 LEAST_READ: Final = 48
 LEAST_SPARED: Final = 20
@@ -86,15 +86,14 @@ class Settled:
     def is_past_kept(self, before: Sequence[Span], after: Sequence[Span]) -> bool:
         """Whether two histories are the same before the line and its margin; they may end differently after it.
 
-        They may not if an audit named an end already: it was compared with that of the history.
+        They may not if an audit named an end already: it was compared with that of its life.
         """
         is_end_named = any(
             statement.edge is Edge.AUDIT and statement.ended_at is not None
             for statement, _ in self.kept
         )
-        if is_end_named and [item.end for item in before[-1:]] != [
-            item.end for item in after[-1:]
-        ]:
+        known, ends = ([life[-1].end for life in lives(spans)] for spans in (before, after))
+        if is_end_named and known != ends[: max(1, len(known))]:
             return False
         line = self.rows_from + _MARGIN
         return _until(before, line) == _until(after, line)
@@ -139,7 +138,7 @@ def _reaches_beyond(item: Said, line: datetime) -> bool:
     for moment in (statement.born_at, statement.ended_at, statement.at):
         if moment is None:
             continue
-        if moment > sent_at + _SAME_MOMENT or sent_at < line <= moment:
+        if moment > sent_at + SAME_MOMENT or sent_at < line <= moment:
             return True
     if statement.period is None:
         return False

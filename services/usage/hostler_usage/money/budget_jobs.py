@@ -4,7 +4,7 @@ May run in every replica at once: a crossing is recorded by whoever comes first,
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -13,6 +13,7 @@ from hostler_usage.money import budget as budgets
 from hostler_usage.money import costing
 from hostler_usage.money.budget import Budget
 from hostler_usage.money.budget_messages import crossing_message
+from hostler_usage.money.budget_standing import Reckoned, reckoned
 from hostler_usage.money.costing import Costing, Wanted
 from hostler_usage.money.price_store import Crossing
 
@@ -29,9 +30,13 @@ class BudgetJobs:
     """The loop of the service that concerns budgets."""
 
     costing: Costing
+    # budgets, in a period each, of which it is said already that they cannot be reckoned
+    _unknown: set[tuple[str, datetime]] = field(default_factory=set, repr=False)
 
     async def notice(self) -> None:
         """Every threshold that a budget has reached is recorded, and its event on its way, once.
+
+        What it had reached before it was changed, and has not now, is forgotten.
 
         Raises:
             DatabaseUnavailable: the rest is noticed in a later turn.
@@ -46,24 +51,42 @@ class BudgetJobs:
             rows, marker = await self.costing.prices.budgets(
                 scope=None, limit=_PAGE, marker=marker
             )
-            known = self.costing.metered.measures
             wanted = [
                 item
                 for row in rows
                 for item in _current(budgets.budget(row.name, row.document), row.updated_at, now)
-                if item.budget.limit.measure is None or item.budget.limit.measure in known
             ]
+            changed_at = {row.name: row.updated_at for row in rows}
             told = {
-                (one.budget, one.period_start, one.threshold)
+                (one.budget, one.period_start, one.threshold): one
                 for one in await self.costing.prices.crossings([row.name for row in rows])
             }
-            states = await self.costing.states(wanted)
-            for item, state in zip(wanted, states, strict=True):
-                for percent in state.crossed:
-                    if (item.budget.name, state.period.start, percent) not in told:
-                        await self._tell(item, state, percent, now)
+            for one in await reckoned(self.costing, wanted):
+                if one.state is None:
+                    self._note_unknown(one)
+                    continue
+                name, start = one.wanted.budget.name, one.wanted.period.start
+                self._unknown.discard((name, start))
+                for percent in one.state.crossed:
+                    if (name, start, percent) not in told:
+                        await self._tell(one.wanted, one.state, percent, now)
+                for key, crossing in told.items():
+                    # of the budget as it was before: it may be reached once more, and is news then
+                    if (
+                        key[:2] == (name, start)
+                        and crossing.threshold not in one.state.crossed
+                        and crossing.crossed_at < changed_at[name]
+                    ):
+                        await self.costing.prices.forget_crossing(crossing)
             if marker is None:
                 return
+
+    def _note_unknown(self, one: Reckoned) -> None:
+        name = one.wanted.budget.name
+        key = (name, one.wanted.period.start)
+        if key not in self._unknown:
+            log.warning("budget_not_reckoned", budget=name, reason=one.problem)
+        self._unknown.add(key)
 
     async def _tell(self, item: Wanted, state: budgets.State, percent: int, now: datetime) -> None:
         of = item.budget

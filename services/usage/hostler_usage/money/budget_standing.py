@@ -1,15 +1,23 @@
-"""Where budgets stand now: how far each is used up, what it has reached, or why that is not known."""
+"""Where budgets stand: how far each is used up, what it has reached, or why that is not known.
 
+A budget that cannot be reckoned - its measure is metered no longer, its book cuts its period into
+more pieces than are asked for at once - says so itself, and stands in no other's way.
+"""
+
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
+from typing import Final
 
 from hostler_usage.money import budget as budgets
 from hostler_usage.money import costing
-from hostler_usage.money.budget import Budget, State
-from hostler_usage.money.costing import Costing, Wanted
+from hostler_usage.money.budget import Budget, Period, State
+from hostler_usage.money.costing import Costing, Wanted, WindowRefused
 from hostler_usage.money.price_store import Crossing, StoredBudget
+
+_MENDED: Final = "give it a shorter period, or a price book with longer ones"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +47,51 @@ class Standing:
         return costing.shown(amount, self.budget, self.unit)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reckoned:
+    """How far a budget is used up in a period, or `problem` says why that is not known."""
+
+    wanted: Wanted
+    state: State | None = None
+    problem: str | None = None
+
+
+async def reckoned(store: Costing, wanted: Sequence[Wanted]) -> list[Reckoned]:
+    """How far each of the budgets is used up, in the order given.
+
+    Raises:
+        PriceBookNotFound: the book that a budget counts by is gone.
+        DatabaseUnavailable: the database is away.
+    """
+    known = store.metered.measures
+    problems = {
+        id(item): f"{measure} is no longer a configured measure"
+        for item in wanted
+        for measure in (item.budget.limit.measure,)
+        if measure is not None and measure not in known
+    }
+    # those that are read together anyway: what is wrong with some is no reason to read the rest one by one
+    alike: dict[tuple[str | None, Period, datetime], list[Wanted]] = defaultdict(list)
+    for item in wanted:
+        if id(item) not in problems:
+            alike[item.budget.limit.price_book, item.period, item.as_of].append(item)
+    states: dict[int, State] = {}
+    for items in alike.values():
+        try:
+            found = await store.states(items)
+            states |= {id(item): state for item, state in zip(items, found, strict=True)}
+        except WindowRefused:
+            for item in items:
+                try:
+                    (states[id(item)],) = await store.states([item])
+                except WindowRefused as exc:
+                    problems[id(item)] = f"{exc.detail}; {_MENDED}"
+    return [
+        Reckoned(wanted=item, state=states.get(id(item)), problem=problems.get(id(item)))
+        for item in wanted
+    ]
+
+
 async def standings(store: Costing, rows: Sequence[StoredBudget], now: datetime) -> list[Standing]:
     """Where each of the budgets stands at `now`, in their order.
 
@@ -46,32 +99,32 @@ async def standings(store: Costing, rows: Sequence[StoredBudget], now: datetime)
         PriceBookNotFound: the book that a budget counts by is gone.
         DatabaseUnavailable: the database is away.
     """
-    measures = store.metered.measures
     reached = await store.prices.crossings([row.name for row in rows])
     found = {row.name: budgets.budget(row.name, row.document) for row in rows}
-    wanted: dict[str, Wanted] = {}
-    problems: dict[str, str] = {}
-    for name, of in found.items():
+    wanted: list[Wanted] = []
+    for of in found.values():
         period = of.period(now) or of.fixed
         assert period is not None
-        if of.limit.measure is not None and of.limit.measure not in measures:
-            problems[name] = f"{of.limit.measure} is no longer a configured measure"
-        elif period.start <= now:
-            wanted[name] = Wanted(budget=of, period=period, as_of=min(now, period.end))
-    states = dict(zip(wanted, await store.states(list(wanted.values())), strict=True))
-    return [
-        Standing(
-            stored=row,
-            budget=found[row.name],
-            unit=await store.unit(found[row.name]) if row.name in states else "",
-            state=states.get(row.name),
-            problem=problems.get(row.name),
-            crossings=[
-                one
-                for one in reached
-                if row.name in states
-                and (one.budget, one.period_start) == (row.name, states[row.name].period.start)
-            ],
+        if period.start <= now:
+            wanted.append(Wanted(budget=of, period=period, as_of=min(now, period.end)))
+    by_name = {item.wanted.budget.name: item for item in await reckoned(store, wanted)}
+    standing = []
+    for row in rows:
+        known = by_name.get(row.name)
+        state = None if known is None else known.state
+        standing.append(
+            Standing(
+                stored=row,
+                budget=found[row.name],
+                unit="" if state is None else await store.unit(found[row.name]),
+                state=state,
+                problem=None if known is None else known.problem,
+                crossings=[
+                    one
+                    for one in reached
+                    if state is not None
+                    and (one.budget, one.period_start) == (row.name, state.period.start)
+                ],
+            )
         )
-        for row in rows
-    ]
+    return standing

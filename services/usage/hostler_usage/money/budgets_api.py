@@ -15,7 +15,7 @@ from hostler_common import auth, errors, http
 from hostler_usage.listing import Limit, Marker
 from hostler_usage.money import budget as budgets
 from hostler_usage.money import costing, document_body, document_text
-from hostler_usage.money.budget_standing import Standing, standings
+from hostler_usage.money.budget_standing import Standing, reckoned, standings
 from hostler_usage.money.costing import Costing, Wanted
 from hostler_usage.money.document import DocumentError, exact
 from hostler_usage.money.price_store import Audience, BudgetNotFound, StoredBudget
@@ -101,7 +101,10 @@ class CheckedBudget(BaseModel):
     allowed: bool
     unit: str | None
     asked: str | None
-    left: str | None = Field(description="before the request")
+    left: str | None = Field(description="before the request; null where `problem` says why")
+    problem: str | None = Field(
+        description="why it is not known how far it is used up: then nothing that it counts is allowed"
+    )
     unpriced: list[str] = Field(description="measures asked for that have no price: not counted")
 
 
@@ -209,11 +212,12 @@ async def check_budgets(body: CheckBody, store: CostingDep, caller: auth.Caller)
         period = of.period(now)
         if period is None:
             continue
-        (standing,) = await store.states([Wanted(budget=of, period=period, as_of=now)])
+        (standing,) = await reckoned(store, [Wanted(budget=of, period=period, as_of=now)])
         asked = await store.asked(wanted, of, now)
         unit = await store.unit(of)
         # what is not asked of it cannot exceed it, however far it is used up
-        is_allowed = asked.amount <= max(standing.left, Fraction(0))
+        left = None if standing.state is None else standing.state.left
+        is_allowed = asked.amount <= max(left or Fraction(0), Fraction(0))
         is_shown = caller.projects is None or is_own
         checked.append(
             CheckedBudget(
@@ -221,7 +225,8 @@ async def check_budgets(body: CheckBody, store: CostingDep, caller: auth.Caller)
                 allowed=is_allowed,
                 unit=unit if is_shown else None,
                 asked=costing.shown(asked.amount, of, unit) if is_shown else None,
-                left=costing.shown(standing.left, of, unit) if is_shown else None,
+                left=costing.shown(left, of, unit) if is_shown and left is not None else None,
+                problem=standing.problem if is_shown else None,
                 unpriced=list(asked.unpriced),
             )
         )

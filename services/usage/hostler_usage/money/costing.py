@@ -2,8 +2,9 @@
 
 Nothing is stored: the same window, books and usage give the same costs at any time. However many
 slices a question has, the ledger is read once for it, as of one moment, and the pure rating cuts.
-By a book in which nothing accumulates each line has its price by itself, and lines are rated a batch
-at a time; else all that a question concerns are rated together.
+By a book in which nothing accumulates each line has its price by itself; else what a project used of
+anything may say what the rest costs it, but never what another project pays. So lines are rated a batch
+at a time, in which those of a project are together.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from functools import cache
 from typing import Final
 
 from hostler_common import errors
+from hostler_usage.history import user_projects_store
 from hostler_usage.history.calendar_span import Span, ZoneUnknownError, begin, begins_within, zone
 from hostler_usage.history.measures import MICROSECONDS_PER_HOUR
 from hostler_usage.history.paging import Scope
@@ -202,22 +204,29 @@ class Costing:
     ) -> AsyncGenerator[Sequence[UsageLine]]:
         """The usage in each span, told apart by the dimensions; what comes after `as_of` is none.
 
-        In batches, or all in one where they `are_together`. Spans leave no gap between them.
+        In batches; where they `are_together`, all lines of a project are in the same one, and `project` is
+        among the dimensions. Spans leave no gap between them.
 
         Raises:
             GroupUnknown: usage cannot be told apart by one of the dimensions.
             DatabaseUnavailable: the database is away.
         """
-        names = {name: _NAMES.get(name, name) for name in sorted(dimensions)}
+        ordered = sorted(dimensions, key=lambda name: (name != "project", name))
+        names = {name: _NAMES.get(name, name) for name in ordered}
         edges = [*(span.start for span in spans), spans[-1].end]
         found: list[UsageLine] = []
+        begun = 0  # where the lines of the last project begin, of which there may be more
         async with aclosing(
-            self.reports.usage_by_slice(edges, list(names.values()), where, as_of=as_of)
+            self.reports.usage_by_slice(
+                edges, list(names.values()), where, as_of=as_of, leading=int(are_together)
+            )
         ) as batches:
             async for rows in batches:
                 for row in rows:
                     group = {name: row.group[known] for name, known in names.items()}
                     span = spans[row.slice]
+                    if are_together and found and found[-1].group["project"] != group["project"]:
+                        begun = len(found)
                     found += (
                         UsageLine(
                             group=group,
@@ -229,8 +238,10 @@ class Costing:
                         for measure, amount in row.amounts.items()
                     )
                 if not are_together:
-                    yield found
-                    found = []
+                    begun = len(found)
+                if begun:
+                    yield found[:begun]
+                    found, begun = found[begun:], 0
         if found:
             yield found
 
@@ -396,11 +407,13 @@ class Costing:
             dimensions.add("user")
         if book is not None:
             dimensions |= book.dimensions(self.metered.measures)
-        # what a user used may be any project's
-        is_open = any(one.subject.user is not None for one in of)
-        projects = frozenset(project for one in of for project in one.subject.projects)
+        users = {one.subject.user for one in of if one.subject.user is not None}
+        theirs = await user_projects_store.projects_of(self.reports.pool, users, start, as_of)
+        projects = theirs.union(*(one.subject.projects for one in of))
+        named = frozenset(name for name in projects if name is not None)
         where = UsageFilter(
-            subjects=None if is_open else Subjects(projects=projects, groups=groups)
+            # what is of no known project can only be found by reading everything
+            subjects=None if None in projects else Subjects(projects=named, groups=groups)
         )
         consumed = [_Consumed() for _ in of]
 

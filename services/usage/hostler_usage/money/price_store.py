@@ -368,6 +368,22 @@ class PriceStore:
                 return False
         return bool(is_new)
 
+    async def forget_crossing(self, crossing: Crossing) -> None:
+        """It is not known any more, unless it was recorded anew meanwhile.
+
+        Raises:
+            DatabaseUnavailable: nothing was changed.
+        """
+        async with db.connection(self.pool) as connection:
+            await connection.execute(
+                "DELETE FROM budget_crossing"
+                " WHERE (budget, period_start, threshold, crossed_at) = ($1, $2, $3, $4)",
+                crossing.budget,
+                crossing.period_start,
+                crossing.threshold,
+                crossing.crossed_at,
+            )
+
     # --- groups of projects
 
     async def put_memberships(

@@ -247,13 +247,14 @@ def check_command(
         _json(answer)
     else:
         _table(
-            ["budget", "allowed", "unit", "asked", "left", "unpriced"],
+            ["budget", "allowed", "unit", "asked", "left", "unpriced", "problem"],
             [
                 [
                     row["name"] or "another's",
                     "yes" if row["allowed"] else "no",
                     *(row[name] or "" for name in ("unit", "asked", "left")),
                     ", ".join(row["unpriced"]),
+                    row["problem"] or "",
                 ]
                 for row in answer["budgets"]
             ],

@@ -1,9 +1,10 @@
 """The periodic care of periods: months are made, late news is written down, what has settled is closed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from hostler_common import idempotency, logs
+from hostler_usage.periods.period import Obstacle
 from hostler_usage.periods.period_store import PeriodStore
 
 log = logs.get(__name__)
@@ -17,6 +18,8 @@ class PeriodJobs:
     """The loops of periods, each method one turn. May run in every replica at once."""
 
     store: PeriodStore
+    # what keeps a period open, as it was said last: it is not said every minute
+    _kept: dict[str, list[Obstacle]] = field(default_factory=dict, repr=False)
 
     async def turn(self) -> None:
         """The present month is a period, what folds noted is adjusted, what has settled is closed.
@@ -46,10 +49,14 @@ class PeriodJobs:
         closed, kept = await self.store.close_due(now)
         for name in closed:
             log.info("period_closed", period=name)
+            self._kept.pop(name, None)
         for name, blockers in kept.items():
-            log.warning(
-                "period_kept_open", period=name, blockers=[item.detail for item in blockers]
-            )
+            obstacles = [item.obstacle for item in blockers]
+            if self._kept.get(name) != obstacles:
+                log.warning(
+                    "period_kept_open", period=name, blockers=[item.detail for item in blockers]
+                )
+            self._kept[name] = obstacles
 
     async def forget_keys(self) -> None:
         """Idempotency keys that nobody will send again are gone.

@@ -19,11 +19,7 @@ from typing import Final
 from hostler_usage.reading import citation
 from hostler_usage.reading.mapping import Phase
 from hostler_usage.reading.statement import Evidence, Statement
-from hostler_usage.reading.times import microseconds
-
-_SAME_MOMENT: Final = timedelta(
-    seconds=1
-)  # twins, one of them cut to the second; clocks of two hosts
+from hostler_usage.reading.times import SAME_MOMENT, microseconds
 
 # what has no .start of its own, or one that names no resource (Neutron's: the request's body only)
 _AT_ONCE_TYPES: Final = frozenset({"image", "project", "user", "network", "meter_label"})
@@ -100,7 +96,7 @@ class Operation:
 
 def mark(statement: Statement, evidence: Evidence) -> Mark | None:
     """The mark that a message's statement is; None for one that is no part of an operation."""
-    if statement.phase is None or statement.operation is None or _is_resent(statement):
+    if statement.phase is None or statement.operation is None or statement.is_resent:
         return None
     said = {name: value for name, value in statement.attributes if isinstance(value, str)}
     return Mark(
@@ -117,11 +113,6 @@ def mark(statement: Statement, evidence: Evidence) -> Mark | None:
         reason=statement.reason,
         project_id=said.get("project"),
     )
-
-
-def _is_resent(statement: Statement) -> bool:
-    # `cinder-volume-usage-audit --send_actions` sends a period's events again, at the audit's time
-    return statement.period is not None and statement.period[0] == statement.period[1]
 
 
 def pair_said(
@@ -191,7 +182,7 @@ def _points(marks: set[Mark]) -> list[_Point]:
     clusters: dict[tuple[object, ...], list[list[Mark]]] = defaultdict(list)
     for item in sorted(marks, key=_mark_order):
         same = clusters[item.request_id, item.action, item.phase, item.host]
-        if same and item.at - same[-1][0].at <= _SAME_MOMENT:
+        if same and item.at - same[-1][0].at <= SAME_MOMENT:
             same[-1].append(item)
         else:
             same.append([item])
@@ -286,7 +277,7 @@ def _may_join(start: _Pair, close: _Point) -> bool:
     assert opened is not None
     is_one_request = opened.request_id == close.request_id
     if is_one_request and opened.request_id is not None:
-        return timedelta() <= opened.at - close.at <= _SAME_MOMENT
+        return timedelta() <= opened.at - close.at <= SAME_MOMENT
     return None in (opened.request_id, close.request_id) and opened.at <= close.at
 
 

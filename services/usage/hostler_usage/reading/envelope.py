@@ -25,6 +25,9 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_NAME_LENGTH = 255  # message ids and event types are keys of B-trees
 _NAMESPACE = uuid.UUID("9d0b5a1c-3f52-5c5e-9d5b-0a8c6f3e2b71")
 _LONGEST_NUMBER = 40
+_LZMA_BYTES = (
+    128 * 1024 * 1024
+)  # the strongest preset needs half; a header of thirteen bytes can ask for gigabytes
 
 
 class UnreadableError(ValueError):
@@ -189,7 +192,7 @@ def _decompress(body: bytes, compression: str | None, max_bytes: int) -> bytes:
         case "bz2" | "bzip2":
             stream = bz2.BZ2Decompressor()
         case "lzma":
-            stream = lzma.LZMADecompressor()
+            stream = lzma.LZMADecompressor(memlimit=_LZMA_BYTES)
         case _:
             raise BadCompressionError(f"compression {str(compression)[:40]!r} is not known")
     try:

@@ -8,7 +8,6 @@ import http.client
 import itertools
 import json
 import os
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -28,7 +27,8 @@ from rich.table import Table
 
 from hostler_common import cli, errors
 from hostler_common.http import MAX_BODY_BYTES
-from hostler_usage.reading.imports import Format, Line, bodies, format_of
+from hostler_usage.reading.imports import Format, Line, bodies
+from hostler_usage.reading.message_file import opened
 
 PORT: Final = 8302
 BATCH_LINES: Final = 1000
@@ -119,6 +119,11 @@ def import_files(
 
     Every line ends as stored, duplicate or quarantined. An import may be run again at any time.
     """
+    absent = [
+        f"{path} cannot be read: {reason}" for path in files if (reason := _unreadable(path))
+    ]
+    if absent:
+        raise cli.fail("\n".join([*absent, "Nothing was imported."]))
     summary = Summary()
     began = time.monotonic()
     service = _Service(url or os.environ.get("HOSTLER_URL") or f"http://127.0.0.1:{PORT}", source)
@@ -127,7 +132,7 @@ def import_files(
             for path in files:
                 task = task_of(path)
                 try:
-                    with _opened(path) as (stream, position):
+                    with opened(path) as (stream, position):
                         for batch in _batches(stream, path, file_format, summary):
                             _send(service, batch, path, summary)
                             advance(task, position(), summary)
@@ -146,19 +151,14 @@ def import_files(
 # --- reading
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """The file's lines, decompressed where it is gzip, and how far into the file they are."""
-    if str(path) == "-":
-        yield sys.stdin.buffer, lambda: 0
-        return
-    with path.open("rb") as file:
-        is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
-        if not is_gzip:
-            yield file, file.tell
-            return
-        with gzip.GzipFile(fileobj=file) as plain:
-            yield plain, file.tell  # type: ignore[misc]  # it is read like any binary file
+def _unreadable(path: Path) -> str | None:
+    """Why the file cannot be opened; None where it can be."""
+    try:
+        if str(path) != "-" and not path.is_fifo():  # what is read of a pipe is gone
+            path.open("rb").close()
+    except OSError as exc:
+        return exc.strerror or str(exc)
+    return None
 
 
 def _batches(
@@ -175,7 +175,7 @@ def _batches(
         summary.name(str(path), number, "usage.import.line_too_long", reason)
 
     try:
-        for line in _parsed(_bounded(stream, refuse), file_format):
+        for line in bodies(_bounded(stream, refuse), file_format):
             if line.body is None:
                 summary.other += 1
                 continue
@@ -190,18 +190,6 @@ def _batches(
         raise
     if batch:
         yield batch
-
-
-def _parsed(lines: Iterator[bytes], file_format: Format | None) -> Iterator[Line]:
-    if file_format is not None:
-        return bodies(lines, file_format)
-    head: list[bytes] = []
-    for line in lines:
-        head.append(line)
-        if not line.isspace():
-            break
-    first = head[-1] if head else b"{"
-    return bodies(itertools.chain(head, lines), format_of(first))
 
 
 def _bounded(stream: BinaryIO, refuse: Callable[[int], None]) -> Iterator[bytes]:

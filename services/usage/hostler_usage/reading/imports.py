@@ -9,6 +9,7 @@ too, which are no notifications and not broken either.
 
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from itertools import chain
 from typing import Final, NamedTuple
 
 import orjson
@@ -39,11 +40,20 @@ def format_of(first_line: bytes) -> Format:
     return Format.LOG if _log_record(text) is not None else Format.NDJSON
 
 
-def bodies(lines: Iterable[bytes], file_format: Format) -> Iterator[Line]:
-    """Yield every line that is not blank, with the body it holds.
+def bodies(lines: Iterable[bytes], file_format: Format | None = None) -> Iterator[Line]:
+    """Yield every line that is not blank, with the body it holds. Without a format, the first of them tells it.
 
     The body is the line without its end: the bytes that were sent, by which copies are known.
     """
+    if file_format is None:
+        rest = iter(lines)
+        head = []
+        for line in rest:
+            head.append(line)
+            if not line.isspace():
+                break
+        file_format = format_of(head[-1] if head else b"")
+        lines = chain(head, rest)
     find = _in_log if file_format is Format.LOG else _in_archive
     for number, line in enumerate(lines, start=1):
         text = line.removesuffix(b"\n").removesuffix(b"\r")

@@ -163,13 +163,15 @@ Source = Path | First | LastSegment | Sum | Count | Join | Present | Item | Cons
 class Attribute:
     """A property of resources of one type.
 
-    `nullable`: that it is nothing can be said. `told_by` are the only actions that change it; none
+    `nullable`: that it is nothing can be said. `otherwise` names the attribute whose value it has where
+    no body says its own. `told_by` are the only actions that change it; none
     where any may. Then another event's body that shows it changed proves that one of theirs was lost.
     """
 
     kind: Kind = Kind.TEXT
     holds: Holds = Holds.SEGMENT
     nullable: bool = False
+    otherwise: str | None = None
     told_by: frozenset[str] = frozenset()
 
 
@@ -240,7 +242,11 @@ class Audit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resource:
-    """A type of resources: what they are and how their lives are told."""
+    """A type of resources: what they are and how their lives are told.
+
+    `now_is_unborn`: a body about what has not come to life names its own sending as the birth.
+    `ids_return`: after an end the same id may be given to another one, whose life is another.
+    """
 
     name: str
     life: Life
@@ -248,6 +254,8 @@ class Resource:
     state_classes: Table[str, str]
     begins_in: frozenset[str]
     unborn: frozenset[str]
+    now_is_unborn: bool
+    ids_return: bool
     gone: frozenset[str]
     between_segments: frozenset[str]
     audit: Audit

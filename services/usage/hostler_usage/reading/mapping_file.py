@@ -108,6 +108,7 @@ class _Attribute(_Model):
     kind: Kind = Kind.TEXT
     holds: Holds = Holds.SEGMENT
     nullable: bool = False
+    otherwise: Name | None = None
     told_by: list[EventName] = []
 
 
@@ -168,6 +169,8 @@ class _Resource(_Model):
     states: dict[Name, list[str]] = {}
     begins_in: list[str] = []
     unborn: list[str] = []
+    now_is_unborn: bool = False
+    ids_return: bool = False
     gone: list[str] = []
     between_segments: list[str] = []
     audit: _Audit = _Audit()
@@ -392,6 +395,7 @@ def _resource(name: str, given: _Resource) -> mapping.Resource:
                 kind=item.kind,
                 holds=item.holds,
                 nullable=item.nullable,
+                otherwise=item.otherwise,
                 told_by=frozenset(item.told_by),
             )
             for key, item in given.attributes.items()
@@ -399,6 +403,8 @@ def _resource(name: str, given: _Resource) -> mapping.Resource:
         state_classes={state: name for name, states in given.states.items() for state in states},
         begins_in=frozenset(given.begins_in),
         unborn=frozenset(given.unborn),
+        now_is_unborn=given.now_is_unborn,
+        ids_return=given.ids_return,
         gone=frozenset(given.gone),
         between_segments=frozenset(given.between_segments),
         audit=mapping.Audit(
@@ -443,6 +449,16 @@ def _contradictions(made: Mapping) -> list[str]:
             f"resources.{name}.attributes.{item}: {item} is text"
             for item in sorted(_ALWAYS_TEXT & resource.attributes.keys())
             if resource.attributes[item].kind is not Kind.TEXT
+        ]
+        found += [
+            f"resources.{name}.attributes.{key}.otherwise:"
+            f" {name} has no attribute {item.otherwise} of its kind"
+            for key, item in resource.attributes.items()
+            if item.otherwise is not None
+            and (
+                item.otherwise not in resource.attributes
+                or resource.attributes[item.otherwise].kind is not item.kind
+            )
         ]
         found += [
             f"resources.{name}.audit.compares: {name} has no such attribute: {item}"

@@ -1,15 +1,12 @@
 """The commands `rules test` and `mapping check|show`: what is metered, tried without a service."""
 
-import gzip
-import itertools
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -21,9 +18,10 @@ from hostler_common import cli, runtime
 from hostler_usage.history.measures import hours
 from hostler_usage.history.observation import Observation
 from hostler_usage.reading import mapping_file
-from hostler_usage.reading.imports import Format, Line, bodies, format_of
+from hostler_usage.reading.imports import Format, bodies
 from hostler_usage.reading.mapping import Mapping
 from hostler_usage.reading.mapping_file import MappingInvalid, laid_over, parsed_yaml
+from hostler_usage.reading.message_file import opened
 from hostler_usage.reading.statement import Statement
 from hostler_usage.reading.trial import Account, Heard, Word, account, hear
 
@@ -48,7 +46,9 @@ def register(app: typer.Typer) -> None:
 
 @rules.command("test")
 def try_command(
-    file: Annotated[Path, typer.Argument(help="NDJSON or a log, plain or gzip.")],
+    file: Annotated[
+        Path, typer.Argument(help="NDJSON or a log, plain or gzip; - is standard input.")
+    ],
     mapping_path: MappingOption = None,
     file_format: Annotated[
         Format | None,
@@ -60,8 +60,8 @@ def try_command(
     """Show what each body says and what they all amount to, without a service or a database."""
     made = _loaded(mapping_path)
     try:
-        with _opened(file) as stream:
-            heard = hear(made, _lines(stream, file_format), region=region)
+        with opened(file) as (stream, _):
+            heard = hear(made, bodies(stream, file_format), region=region)
     except (OSError, EOFError, zlib.error) as exc:
         raise cli.fail(f"{file}: {exc}") from exc
     accounts = account(made, heard)
@@ -120,26 +120,6 @@ def _loaded(path: Path | None) -> Mapping:
         return mapping_file.load(path)
     except MappingInvalid as exc:
         raise cli.fail(f"{exc.detail} ({exc.code})", runtime.EXIT_BAD_SETTINGS) from exc
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    with path.open("rb") as file:
-        if file.peek(2)[:2] != b"\x1f\x8b":
-            yield file
-            return
-        with gzip.GzipFile(fileobj=file) as plain:
-            yield plain  # type: ignore[misc]  # it is read like any binary file
-
-
-def _lines(stream: BinaryIO, file_format: Format | None) -> Iterator[Line]:
-    first = b"\n"
-    head: list[bytes] = []
-    for first in stream:
-        head.append(first)
-        if not first.isspace():
-            break
-    return bodies(itertools.chain(head, stream), file_format or format_of(first))
 
 
 # --- for eyes

@@ -74,6 +74,11 @@ class Statement(NamedTuple):
     reason: str | None = None
 
     @property
+    def is_resent(self) -> bool:
+        """Whether it is an action that Cinder's audit sends again: it is told by a period of no length."""
+        return self.period is not None and self.period[0] == self.period[1]
+
+    @property
     def says_nothing(self) -> bool:
         """Whether nothing can follow from it."""
         return self.edge is Edge.NONE and self.phase is None and not self.readings

@@ -13,6 +13,8 @@ from functools import lru_cache
 
 PLAUSIBLE_FROM = datetime(2000, 1, 1, tzinfo=UTC)
 PLAUSIBLE_UNTIL = datetime(2100, 1, 1, tzinfo=UTC)
+SAME_MOMENT = timedelta(seconds=1)
+"""Some senders cut a moment to its second and some round it, and clocks of two hosts differ by less."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 

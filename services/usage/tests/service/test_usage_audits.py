@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -652,6 +653,17 @@ async def test_the_commands_show_tables_and_json(
         assert "field_differs" in await run("audits")
         assert "stopped" in await run("audits")
         assert json.loads(await run("audits", "--json"))["audits"][0]["field"] == "state"
-        assert "95.83 %" in await run("audit-report")  # 23 of 24 hours
+        table = await run("audit-report")
+        heads, cells = (
+            [cell.strip() for cell in re.split("[┃│]", line)[1:-1]]
+            for line in table.splitlines()
+            if line.startswith(("┃", "│"))
+        )
+        said = dict(zip(heads, cells, strict=True))
+        # one unit a column: hours, shares of them, and what periods came to
+        shares = ("verified", "repaired", "excused", "unverified")
+        assert said["hours held"] == "24.000"
+        assert [said[name] for name in shares] == ["4.17 %", "0.00 %", "0.00 %", "95.83 %"]
+        assert said["periods"] == "1 mismatch, 1 verified"
         assert json.loads(await run("audit-report", "--json"))["group_by"] == ["project"]
         assert "operations" in await run("operations")

@@ -449,6 +449,31 @@ async def test_the_hub_is_found_in_the_header(feeds: Feeds) -> None:
     )
 
 
+async def test_a_head_says_what_a_get_says_without_the_document(feeds: Feeds) -> None:
+    await store(feeds, *range(1, 8))
+    for path in (
+        "/feeds/all.atom",
+        f"/feeds/types/{CREATED}.atom",
+        "/feeds/projects/p1.atom",
+        "/feeds/resources/instance/i1.atom",
+        f"/yagi/{CREATED}?page=0",
+        f"/{CREATED}",
+    ):
+        whole = await feeds.get(path)
+        assert whole.status == 200
+        for known, status in ((None, 200), (whole.headers["ETag"], 304)):
+            sent = {"Authorization": "Bearer root"}
+            if known is not None:
+                sent["If-None-Match"] = known
+            async with feeds.session.head(feeds.url + path, headers=sent) as answer:
+                assert answer.status == status
+                for name in ("ETag", "Link", "Last-Modified", "Cache-Control"):
+                    assert answer.headers[name] == whole.headers[name]
+                assert await answer.read() == b""
+    async with feeds.session.head(f"{feeds.url}/feeds/all.atom") as answer:
+        assert answer.status == 401
+
+
 # --- yagi's paths
 
 

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import aiohttp
+import jwt
 import pytest
 import pytest_asyncio
 
@@ -266,6 +267,35 @@ async def test_a_lease_is_what_was_asked_for_within_bounds(
         assert lasts == timedelta(seconds=granted)
 
 
+async def test_a_lease_is_no_longer_than_the_signed_token_that_asked_for_it(
+    database_url: str, tmp_path: Path, subscriber: Subscriber
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("of a test, and as long as such a key has to be")
+    by_token: dict[str, Any] = {
+        "auth_mode": "jwt",
+        "jwt_issuer": "https://idp.example/",
+        "jwt_audience": "hostler",
+        "jwt_key_file": key,
+        "jwt_algorithms": ["HS256"],
+    }
+    async with open_feeds(database_url, tmp_path, lease=SHORT, **by_token) as feeds:
+        for lasts, asked, longest in ((300, "3600", 300), (3000, "120", 120), (30, "3600", 30)):
+            claims = {
+                "sub": "portal",
+                "iss": "https://idp.example/",
+                "aud": "hostler",
+                "exp": int(datetime.now(UTC).timestamp()) + lasts,
+                "hostler_role": "reader",
+                "hostler_projects": ["p1"],
+            }
+            token = jwt.encode(claims, key.read_text(), algorithm="HS256")
+            await subscribe(feeds, subscriber, token=token, lease_seconds=asked)
+            # the subscriber is told how long that is, and when to renew with a token of then
+            granted = int(subscriber.verifications[-1]["hub.lease_seconds"])
+            assert longest - 20 <= granted <= longest
+
+
 def rewrite(feeds: Feeds, **lines: str | None) -> None:
     """The tokens' lines are these; None: the token is gone."""
     kept = [
@@ -388,6 +418,24 @@ async def test_each_topic_has_its_own_news(feeds: Feeds) -> None:
             for delivery in reader.deliveries
         }
     assert told == {str(n): ids for n, ids in enumerate(topics.values())}
+
+
+async def test_a_delivery_names_the_topic_as_the_subscriber_spelled_it(feeds: Feeds) -> None:
+    spelled = (
+        "/feeds/projects/a:b.atom",
+        "/feeds/projects/a%3Ab.atom",
+        "/feeds/projects/a%3ab.atom",
+    )
+    async with open_subscriber() as reader:
+        for number, topic in enumerate(spelled):
+            await subscribe(feeds, reader, topic, callback=f"{reader.url}/{number}?n={number}")
+        await store(feeds, 1, project="a:b")
+        await feeds.jobs.deliver()
+        told = {one.query["n"]: one.headers["Link"] for one in reader.deliveries}
+    assert told == {
+        str(n): f'<{feeds.url}/hub>; rel="hub", <{feeds.url}{topic}>; rel="self"'
+        for n, topic in enumerate(spelled)
+    }
 
 
 async def test_a_subscription_sees_what_its_maker_saw(feeds: Feeds) -> None:

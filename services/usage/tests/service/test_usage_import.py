@@ -292,12 +292,24 @@ async def test_a_file_cut_off_is_imported_as_far_as_it_goes_and_said_to_be(
     cut.write_bytes(gzip.compress(b"".join(body + b"\n" for body in bodies))[:-400])
     whole = written(tmp_path / "whole.ndjson", bodies[-3:])
     async with run_usage() as service:
-        result = await run(service, cut, tmp_path / "absent", whole, "--json")
+        result = await run(service, cut, whole, "--json")
         assert result.exit_code == 1
         answer = json.loads(result.stdout)
-        assert [Path(item["file"]).name for item in answer["broken_files"]] == [cut.name, "absent"]
+        assert [Path(item["file"]).name for item in answer["broken_files"]] == [cut.name]
         assert 3 <= answer["stored"] <= len(bodies)
         assert answer["lines"] == answer["stored"] + answer["duplicate"] + answer["quarantined"]
+
+
+def test_a_file_that_is_not_there_is_said_to_be_and_nothing_else(tmp_path: Path) -> None:
+    there = written(tmp_path / "there.ndjson", [b"{}"])
+    for absent, why in ((tmp_path / "absent", "No such file"), (tmp_path, "Is a directory")):
+        given = ["import", str(there), str(absent), "--url", "http://127.0.0.1:9"]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        said, conclusion = result.stderr.splitlines()
+        assert said.startswith(f"{absent} cannot be read: {why}")
+        assert conclusion == "Nothing was imported."
 
 
 async def test_bodies_too_large_are_quarantined_whole_and_lines_beyond_any_bound_are_named(

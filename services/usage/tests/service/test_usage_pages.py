@@ -1,5 +1,6 @@
 """The pages over HTTP: what they say, to whom, and what their forms refuse. A browser looks at them elsewhere."""
 
+import html
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -140,11 +141,30 @@ def _text(moment: datetime) -> str:
 PAGES = (
     *("/", "/projects", "/projects/p1", "/audits", "/operations", "/events"),
     *("/costs", "/costs?group_by=resource", "/budgets", "/periods"),
+    *("/price-books", "/price-books/default", "/idle", "/explain?measure=instance_hours"),
 )
 BOOK = {
     "currency": "EUR",
     "public": True,
-    "prices": [{"name": "hours", "measure": "instance_hours", "price": "1"}],
+    "prices": [
+        {"name": "odd", "measure": "instance_hours", "match": {"project": ODD}, "price": "1"},
+        {
+            "name": "hours",
+            "measure": "instance_hours",
+            "match": {"flavor": ["m1.small", "m1.large"], "project": ["p1", ODD]},
+            "from": "2026-01-01",
+            "price": "1",
+            "state_class_factors": {"stopped": "0.5"},
+            "rounding": {"to": "hour", "minimum_seconds": 600},
+        },
+        {
+            "name": "memory",
+            "measure": "ram_mb_hours",
+            "per": 1024,
+            "tiers": {"steps": [{"up_to": 5, "price": 0}, {"price": "0.01"}]},
+        },
+    ],
+    "discounts": [{"name": "friends", "percent": 25, "match": {"project": ODD}}],
 }
 
 
@@ -237,7 +257,91 @@ async def test_names_from_messages_are_text_on_every_page(site: Site) -> None:
     assert "<b>" not in text
 
 
+async def test_a_page_of_a_price_book_says_what_its_document_says(site: Site) -> None:
+    await site.api.put("/v1/price-books/inside", {**BOOK, "public": False})
+    text = await site.page("/price-books")
+    assert 'href="/price-books/default"' in text
+    assert 'href="/price-books/inside"' in text
+    assert '<a href="/price-books">price books</a>' in await site.page("/")
+    text = await site.page("/price-books/default")
+    for words in (
+        "flavor m1.small or m1.large<br>project p1 or p2/&lt;script&gt;",
+        "from 2026-01-01",
+        "stopped counts 0.5-fold<br>time rounded up to the hour, once a month<br>at least 600 s a month",
+        "0 up to 5<br>0.01 beyond",
+        "for every 1024<br>tiers count a month of each project",
+        "25 %",
+    ):
+        assert words in text
+    assert (await site.get("/price-books/inside"))[0] == 200
+    # of a public book a project sees what concerns it, of others nothing
+    text = await site.page("/price-books/default", "alice")
+    assert "project p1<" in text
+    assert "friends" not in text
+    assert "by admin" not in text
+    assert "inside" not in await site.page("/price-books", "alice")
+    status, text, _ = await site.get("/price-books/inside", "alice")
+    assert (status, json.loads(text)["code"]) == (404, "usage.price_book.not_found")
+    # a version that is no longer the newest is still what it was
+    await site.api.put("/v1/price-books/default", {**BOOK, "currency": "USD", "discounts": []})
+    assert "<td>USD</td>" in await site.page("/price-books/default")
+    text = await site.page("/price-books/default", version="1")
+    assert "<td>EUR</td>" in text
+    assert "friends" in text
+    assert 'href="/price-books/default?version=2"' in text
+
+
+async def test_every_number_of_usage_is_one_click_from_its_intervals_messages_and_bodies(
+    site: Site,
+) -> None:
+    clicks = 0
+    for path in ("/", "/projects/p1", f"/resources/instance/{ALICES.instance_id}"):
+        text = await site.page(path)
+        links = re.findall(r'<a class="why" href="([^"]+)">([^<]+)</a>', text)
+        assert links, path
+        for address, shown in links:
+            target = html.unescape(address)
+            why = await site.page(target)
+            # the page is about the very number that was clicked on
+            assert f"<h1>{shown} " in why, target
+            answer = await site.api.get(f"/v1/usage{target}&limit=50")
+            assert f'<span class="exact">{answer["amount"]:,}</span>' in why
+            parts = [part for share in answer["shares"] for part in share["intervals"]]
+            assert parts
+            table = why[why.index('id="parts"') : why.index("The messages behind them")]
+            assert table.count("<tr>") == len(parts) + 1
+            for part in parts:
+                assert part["counted_from"][:19].replace("T", " ") in table
+                for cited in (*part["opened_by"], *part["closed_by"]):
+                    assert f'href="#m{cited["event_id"]}"' in table
+            for event in answer["events"]:
+                assert f'id="m{event["id"]}"' in why
+                body = json.loads(event["body"]["text"])
+                inner = json.loads(body["oslo.message"])
+                assert f'"message_id": "{inner["message_id"]}"' in html.unescape(why)
+            clicks += 1
+    assert clicks > 20
+    # a project's own numbers are explained to it, without the bodies
+    why = await site.page("/explain", "alice", measure="instance_hours", project="p1")
+    assert ALICES.instance_id in why
+    assert "<pre>" not in why
+    assert "Nothing adds to it" in await site.page(
+        "/explain", "alice", measure="instance_hours", project=ODD
+    )
+
+
 BAD_QUESTIONS = {
+    "/explain": "request.invalid",
+    "/explain?measure=nonsense": "usage.measure.unknown",
+    "/explain?measure=instance_hours&nonsense=1": "usage.group_by.unknown",
+    "/explain?measure=instance_hours&project=p1&project=p2": "usage.group.invalid",
+    "/explain?measure=instance_hours&day=yesterday": "usage.bucket.invalid",
+    "/explain?measure=instance_hours&end=0001-01-01T00:00": "usage.window.invalid",
+    "/explain?measure=instance_hours&marker=nonsense": "usage.marker.invalid",
+    "/price-books?marker=%00": "request.invalid",
+    "/price-books/nobody": "usage.price_book.not_found",
+    "/price-books/default?version=99": "usage.price_book.not_found",
+    "/price-books/default?version=0": "request.invalid",
     "/?measure=nonsense": "usage.measure.unknown",
     "/?month=2026-13": "request.invalid",
     "/?month=9999-01": "request.invalid",

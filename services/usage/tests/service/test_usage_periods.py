@@ -1,6 +1,7 @@
 """Closed periods on a real PostgreSQL: frozen, sealed, and corrected by adjustments that always add up."""
 
 import asyncio
+import csv
 import hashlib
 import json
 import random
@@ -20,10 +21,15 @@ from typer.testing import CliRunner
 
 from hostler_common import client, db, errors
 from hostler_common.testing import eventually
+from hostler_usage.exporting import exports_api
+from hostler_usage.exporting.export_store import ExportStore
+from hostler_usage.exporting.exports import Exports
 from hostler_usage.history.ledger_testing import Ledger, event, instance, with_bandwidth
 from hostler_usage.history.measures import Window
 from hostler_usage.history.report_store import UsageFilter
 from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.money.costing import Costing
+from hostler_usage.money.price_store import PriceStore
 from hostler_usage.periods import periods_api, periods_cli
 from hostler_usage.periods.period import LineKey
 from hostler_usage.periods.period_jobs import PeriodJobs
@@ -48,6 +54,7 @@ ORIGIN = Origin("cloud", "nova", "notifications.info", "application/json", "")
 NORMALISER = Normaliser(packaged())
 KINDS = {"instance": "flavor", "volume": "volume_type"}
 SETTLE = timedelta(days=3)
+ServePart = Callable[..., AbstractAsyncContextManager[tuple[str, dict[str, client.Api]]]]
 
 
 def at(month: int, day: int, hour: int = 0) -> datetime:
@@ -250,6 +257,92 @@ async def test_a_delete_that_comes_late_is_an_adjustment_that_names_its_message(
     assert await ledger.adjustments("2026-05", charged=True) == await ledger.adjustments("2026-04")
 
 
+BOOK: dict[str, Any] = {
+    "currency": "EUR",
+    "prices": [
+        {"name": "small", "measure": "instance_hours", "match": {"flavor": "m1.small"}, "price": 2}
+    ],
+    "discounts": [{"name": "half", "percent": 50, "match": {"project": "p1"}}],
+}
+
+
+async def test_adjustments_are_corrections_in_the_focus_file_of_when_they_were_written(
+    ledger: Months, serve_part: ServePart
+) -> None:
+    lives = [
+        instance(
+            number,
+            Step(at=at(3, 30), action="create", flavor=SMALL),
+            Step(at=at(4, 20), action="delete"),
+            project=project,
+        )
+        for number, project in ((1, "p1"), (2, "p2"))
+    ]
+    messages = [item for life in lives for item in life.messages()]
+    await ledger.told([item for item in messages if item.timestamp < at(4, 1)])
+    await ledger.make(at(5, 2))
+    await ledger.close("2026-04", at(5, 2))
+    before = datetime.now(UTC)
+    await ledger.told(messages)
+    await ledger.periods.adjust()
+    costing = Costing(reports=ledger.reports, prices=PriceStore(pool=ledger.pool))
+    exports = Exports(store=ExportStore(reports=ledger.reports), books=costing)
+    tiers = {"steps": [{"up_to": 5, "price": 1}, {"price": 2}]}
+    hours = {"name": "hours", "measure": "instance_hours"}
+    unfit = {
+        "tiered": [{**hours, "tiers": tiers}],
+        "changing": [{**hours, "price": 1, "until": "2026-04-10"}],
+        "zoned": [{**hours, "price": 1, "match": {"zone": "nova"}}],
+    }
+    for name, prices in {"flat": BOOK["prices"], **unfit}.items():
+        book = {**BOOK, "discounts": BOOK["discounts"] if name == "flat" else [], "prices": prices}
+        await costing.prices.put_book(name, book, by="test", replaces=None)
+    now = {
+        "start": before.replace(microsecond=0).isoformat(),
+        "end": (before + 2 * DAYS).replace(microsecond=0).isoformat(),
+    }
+
+    async with serve_part(
+        [exports_api.router], {"exports": exports}, all=("reader", "*"), one=("reader", "p1")
+    ) as (_, clients):
+
+        async def rows(caller: str = "all", **asked: Any) -> list[dict[str, str]]:
+            text = await clients[caller].get("/v1/exports/focus.csv", **{**now, **asked})
+            return list(csv.DictReader(text.splitlines()))
+
+        assert await rows() == []  # nothing is left of them by now
+        found = {
+            (row["ResourceId"], row["SkuMeter"]): row for row in await rows(corrections="true")
+        }
+        adjusted = await ledger.adjustments("2026-04")
+        assert {(row["resource_id"], row["measure"]) for row in adjusted} == found.keys()
+        row = found[lives[0].instance_id, "instance_hours"]
+        assert (row["ChargeClass"], row["ConsumedQuantity"]) == ("Correction", "-264.0")
+        assert (row["ChargePeriodStart"], row["ChargePeriodEnd"]) == (
+            "2026-04-01T00:00:00Z",
+            "2026-05-01T00:00:00Z",
+        )
+        assert row["BillingPeriodStart"] == "2026-05-01T00:00:00Z"
+        assert (row["SubAccountId"], row["SkuId"]) == ("p1", "instance_hours/m1.small")
+        costs = {
+            (row["SubAccountId"], row["SkuMeter"]): (row["BilledCost"], row["ListCost"])
+            for row in await rows(corrections="true", price_book="flat")
+        }
+        assert costs["p1", "instance_hours"] == ("-264.0", "-528.0")
+        assert costs["p2", "instance_hours"] == ("-528.0", "-528.0")
+        assert costs["p1", "vcpu_hours"] == ("0.0", "0.0")
+        # what was written before the window is in an earlier file, and what is another's in no file of one's own
+        early = {"start": "2026-05-01T00:00:00Z", "end": now["start"]}
+        assert await rows(corrections="true", **early) == []
+        own = await rows("one", corrections="true")
+        assert {row["SubAccountId"] for row in own} == {"p1"}
+        for name in unfit:
+            with pytest.raises(errors.Invalid) as caught:
+                await rows(corrections="true", price_book=name)
+            assert caught.value.code == "usage.focus.corrections_unpriced"
+            assert await rows(price_book=name) == []
+
+
 async def test_an_adjustment_that_undoes_another_is_a_row_of_its_own(ledger: Months) -> None:
     life = instance(
         1,
@@ -383,6 +476,43 @@ async def test_a_period_closes_by_itself_once_it_has_settled_and_nothing_is_behi
     assert await ledger.frozen("2026-04") == await ledger.said_now("2026-04")
 
 
+async def test_what_keeps_a_period_open_is_logged_when_it_changes_and_not_every_minute(
+    ledger: Months, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, Any]] = []
+
+    class Log:
+        def info(self, event: str, **fields: Any) -> None:
+            said.append((event, fields.get("period")))
+
+        def warning(self, event: str, **fields: Any) -> None:
+            said.append((event, fields["blockers"]))
+
+    monkeypatch.setattr("hostler_usage.periods.period_jobs.log", Log())
+    jobs = PeriodJobs(store=replace(ledger.periods, fold_patience=timedelta(0)))
+    await ledger.make(at(4, 4))
+    await jobs.turn_at(at(5, 3, 23))
+    said.clear()
+    late = instance(2, Step(at=at(4, 5), action="create", flavor=SMALL)).messages()
+    await ledger.store.ingest([event(message.body()) for message in late])  # and not folded
+    for minute in range(3):
+        await jobs.turn_at(at(5, 4, 1) + timedelta(minutes=minute))
+    ((name, blockers),) = said
+    assert name == "period_kept_open"
+    assert "wait to be folded" in blockers[0]
+    async with db.connection(ledger.pool) as connection:
+        await connection.execute(
+            "INSERT INTO rebuild (program, phase, hashes_before) VALUES ('other', 'messages', '{}')"
+        )
+    await jobs.turn_at(at(5, 4, 2))
+    assert [name for name, _ in said] == ["period_kept_open"] * 2
+    async with db.connection(ledger.pool) as connection:
+        await connection.execute("DELETE FROM rebuild")
+    await ledger.fold()
+    await jobs.turn_at(at(5, 4, 3))
+    assert said[2:] == [("period_closed", "2026-04")]
+
+
 async def test_no_period_closes_while_it_runs_and_one_behind_closes_by_overruling_alone(
     ledger: Months,
 ) -> None:
@@ -503,6 +633,9 @@ import asyncio, os, signal, sys
 from datetime import UTC, datetime, timedelta
 from hostler_common import db
 from hostler_usage.periods import period_store
+from hostler_usage.exporting import exports_api
+from hostler_usage.exporting.export_store import ExportStore
+from hostler_usage.exporting.exports import Exports
 from hostler_usage.history.ledger_testing import Ledger, event, instance, with_bandwidth
 from hostler_usage.reading.mapping_file import packaged
 
@@ -576,7 +709,6 @@ async def test_a_measure_that_is_added_later_is_not_in_a_closed_period(ledger: M
 # --- HTTP and commands
 
 Clients = dict[str, client.Api]
-ServePart = Callable[..., AbstractAsyncContextManager[tuple[str, dict[str, client.Api]]]]
 Opened = Callable[[], AbstractAsyncContextManager[tuple[str, Clients]]]
 
 

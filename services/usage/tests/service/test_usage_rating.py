@@ -564,6 +564,60 @@ async def test_each_threshold_is_told_of_once(
         assert await queue.get(fail=False) is None
 
 
+async def test_a_threshold_is_news_again_once_a_budget_was_raised_and_reached_anew(
+    run_priced: RunPriced, amqp_url: str, publish: Publish, settled: Settled
+) -> None:
+    async with run_priced() as service, events_of(amqp_url, "usage.budget.#") as queue:
+        await service.api.put("/v1/budgets/hours", budget(10, thresholds=[50, 100]))
+        told = await received(queue, 2)
+        assert [one["threshold_percent"] for one in told] == [50, 100]
+        await service.api.put("/v1/budgets/hours", budget(15, thresholds=[50, 100]))
+
+        async def reached() -> list[int]:
+            state = (await service.api.get("/v1/budgets/hours"))["state"]
+            return [one["threshold_percent"] for one in state["crossings"]]
+
+        async def is_forgotten() -> bool:
+            return await reached() == [50]
+
+        await testing.eventually(is_forgotten)
+        late = brief_instance(4, "p1", DAY + 48 * HOUR).messages()
+        await publish([message.body() for message in late])
+        await settled(service, len(MESSAGES) + len(late))
+        (again,) = await received(queue, 1)
+        assert (again["threshold_percent"], again["limit"]) == (100, "15.000000")
+        assert await reached() == [50, 100]
+
+
+async def test_a_budget_that_cannot_be_reckoned_says_why_and_stops_nobody(
+    run_priced: RunPriced, amqp_url: str
+) -> None:
+    tiers = {**TIERED["prices"][0]["tiers"], "period": "day"}
+    daily = {**TIERED, "prices": [{**TIERED["prices"][0], "tiers": tiers}]}
+    async with run_priced() as service, events_of(amqp_url, "usage.budget.#") as queue:
+        api = service.api
+        await api.put("/v1/price-books/daily", daily)
+        limit = {"amount": 1, "price_book": "daily"}
+        years = {"from": "2020-01-01", "until": "2099-01-01"}
+        long = await api.put("/v1/budgets/a-long", budget(0, limit=limit, period=years))
+        assert long["state"] is None
+        assert "500 at most" in long["problem"]
+        # the jobs of budgets go on, and the process with them
+        await api.put("/v1/budgets/hours", budget(10, thresholds=[100]))
+        assert [one["budget"] for one in await received(queue, 1)] == ["hours"]
+        found = (await api.get("/v1/budgets"))["budgets"]
+        assert [(one["name"], one["state"] is None) for one in found] == [
+            ("a-long", True),
+            ("hours", False),
+        ]
+        answer = await api.post(
+            "/v1/budgets/check", {"project_id": "p1", "what": {"instance_hours": "0.1"}}
+        )
+        unknown = answer["budgets"][0]
+        assert (unknown["name"], unknown["allowed"], unknown["left"]) == ("a-long", False, None)
+        assert unknown["problem"] == long["problem"]
+
+
 async def test_of_replicas_that_notice_a_crossing_at_once_one_tells_of_it(
     run_usage: RunUsage, amqp_url: str, database_url: str
 ) -> None:

@@ -52,6 +52,12 @@ TELLING = {
     "/v1/reports/top-projects",
     "/v1/quarantine/{entry_id}/body",
     "/events",
+    "/v1/usage/explain",
+    "/budgets",
+    "/costs",
+    "/explain",
+    "/price-books",
+    "/price-books/{name}",
     "/resources/{resource_type}/{resource_id:path}",
     "/projects/{project_id:path}",
     "/feeds/all.atom",
@@ -179,7 +185,7 @@ def names(tag: str, path: str, event: str) -> dict[str, str]:
         "event_type": "compute.instance.create.end",
         "message_id": f"{tag}-message-create.end",
         "entry_id": "1",
-        "name": name.get(path.removeprefix("/v1/").partition("/")[0], f"{tag}.js"),
+        "name": name.get(path.removeprefix("/v1").split("/")[1], f"{tag}.js"),
     }
 
 
@@ -215,6 +221,8 @@ def asks(tag: str) -> list[dict[str, str]]:
         {"group": f"{tag}-group"},
         {"group_by": f"group:{tag}_kind"},
         {"month": "2026-05"},
+        {"measure": "instance_hours"},
+        {"measure": "bandwidth_out_bytes", "project_id": f"{tag}-project"},
     ]
 
 

@@ -400,3 +400,27 @@ async def test_costs_and_focus_charges_of_many_days_read_the_facts_once(
                         days |= {charge.start for charge in charges}
             assert len(statements.of_facts) == 1
             assert len(days) >= 5
+
+
+async def test_what_accumulates_is_rated_some_projects_at_a_time(
+    pool: db.Pool, database_url: str
+) -> None:
+    """All lines of a project are in one batch, and no batch is as long as the answer."""
+    await filled(pool, 20_000)
+    async with db.open_pool(database_url, schema="usage", max_size=2) as quiet:
+        costing = Costing(
+            reports=ReportStore(pool=quiet, mapping=packaged()), prices=PriceStore(pool=quiet)
+        )
+        spans = [Slice(start=MAY + n * DAY, end=MAY + (n + 1) * DAY) for n in range(5)]
+        sizes: list[int] = []
+        seen: set[str | None] = set()
+        async for lines in costing.lines(
+            spans, ["project", "resource"], UsageFilter(), MAY + 9 * DAY, are_together=True
+        ):
+            projects = {line.group["project"] for line in lines}
+            assert seen.isdisjoint(projects)
+            seen |= projects
+            sizes.append(len(lines))
+        assert len(seen) == 50
+        assert sum(sizes) == 20_000 * 5 * 2  # two measures
+        assert max(sizes) <= 2 * (20_000 * 5 * 2) / 50 + 4000

@@ -892,9 +892,23 @@ def test_what_lived_for_a_part_of_a_period_owes_no_audit_that_names_none() -> No
     ]
 
 
+def test_between_two_lives_under_one_id_no_audit_is_owed() -> None:
+    spans = [lived(DAY, DAY + 2 * HOUR), lived(DAY + 5 * HOUR)]
+    owed = [
+        hour
+        for hour in range(7)
+        if silence(spans, known(hour, hour + 1, ""), resource_type="floating_ip")
+    ]
+    assert owed == [0, 1, 5, 6]
+
+
 def test_periods_that_nobody_spoke_of_are_expected_from_those_before() -> None:
     hours = [(DAY + n * HOUR, DAY + (n + 1) * HOUR) for n in (0, 1, 4)]
     assert expected_periods(hours, DAY + 7 * HOUR) == tuple(
+        (DAY + n * HOUR, DAY + (n + 1) * HOUR) for n in (2, 3, 5, 6)
+    )
+    future = DAY + 9999 * HOUR + 30 * MINUTE  # of a host whose clock is wrong
+    assert expected_periods([*hours, (future, future + HOUR)], DAY + 7 * HOUR) == tuple(
         (DAY + n * HOUR, DAY + (n + 1) * HOUR) for n in (2, 3, 5, 6)
     )
     assert expected_periods([(DAY, DAY + 24 * HOUR)], DAY + 47 * HOUR) == ()

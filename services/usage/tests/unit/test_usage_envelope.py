@@ -5,9 +5,11 @@ import gzip
 import hashlib
 import json
 import lzma
+import struct
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -62,6 +64,7 @@ def test_both_envelopes_hold_the_same_notification(body: bytes) -> None:
         ("gzip", gzip.compress),
         ("application/x-bz2", bz2.compress),
         ("application/x-lzma", lzma.compress),
+        ("application/x-lzma", partial(lzma.compress, preset=9)),
     ],
 )
 def test_a_compressed_body_is_read(compression: str, compress: Callable[[bytes], bytes]) -> None:
@@ -95,6 +98,9 @@ def test_duplicate_keys_and_numbers_that_are_none_are_read() -> None:
 
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
+# a header that asks for a dictionary of 2 GiB
+GREEDY = lzma.compress(v2(), format=lzma.FORMAT_ALONE)
+GREEDY = GREEDY[:1] + struct.pack("<I", 1 << 31) + GREEDY[5:]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         (b"not compressed", "application/x-gzip", "bad_compression"),
         (zlib.compress(v2())[:-9], "application/x-gzip", "bad_compression"),
         (b"", "application/x-bz2", "bad_compression"),
+        (GREEDY, "application/x-lzma", "bad_compression"),
         (v2(), "application/x-brotli", "bad_compression"),
         (b'{"event_type": "\xff"}', None, "not_utf8"),
         (b"", None, "not_json"),

@@ -72,8 +72,13 @@ def test_a_charge_says_what_was_used_by_whom_and_when() -> None:
 
 
 def test_a_late_adjustment_is_a_correction() -> None:
-    row = said(replace(LINE, amount=-HOUR), is_correction=True)
+    late = datetime(2026, 6, 16, tzinfo=UTC)
+    row = said(replace(LINE, amount=-HOUR), corrected_in=late)
     assert (row["ChargeClass"], row["ConsumedQuantity"]) == ("Correction", Decimal(-1))
+    # of the period that it corrects, and billed in the one that it is charged to
+    assert row["ChargePeriodStart"] == LINE.start
+    assert row["BillingPeriodStart"] == datetime(2026, 6, 1, tzinfo=UTC)
+    assert row["BillingPeriodEnd"] == datetime(2026, 7, 1, tzinfo=UTC)
 
 
 def test_what_is_nobody_s_has_no_sub_account() -> None:

@@ -287,6 +287,22 @@ def test_any_set_of_observations_folds_to_one_history(
         assert item.end is None or item.start < item.end
 
 
+@settings(max_examples=300)
+@given(st.lists(SCRAPS, max_size=12), st.data())
+def test_any_set_of_observations_folds_to_one_history_of_lives_that_do_not_overlap(
+    scraps: list[Observation], data: st.DataObject
+) -> None:
+    history = fold(scraps, ids_return=True)
+    assert fold(data.draw(st.permutations(scraps + scraps[:3])), ids_return=True) == history
+    for left, right in pairwise(history.intervals):
+        assert left.end is not None
+        assert left.end <= right.start
+    for item in history.intervals:
+        assert item.end is None or item.start < item.end
+    if not any(item.kind is Kind.END and item.rank is Rank.DELETE for item in scraps):
+        assert fold(scraps) == history
+
+
 # --- cases
 
 

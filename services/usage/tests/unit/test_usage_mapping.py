@@ -471,6 +471,12 @@ MISTAKES = {
     "resources: {volume: {attributes: {project: {kind: whole}}}}": (
         "resources.volume.attributes.project"
     ),
+    "resources: {volume: {attributes: {zone: {otherwise: region}}}}": (
+        "resources.volume.attributes.zone.otherwise"
+    ),
+    "resources: {volume: {attributes: {zone: {otherwise: size_gb}}}}": (
+        "resources.volume.attributes.zone.otherwise"
+    ),
     "resources: {volume: {edges: {born: [create.end]}}}": "resources.volume.edges.born",
     "resources: {volume: {edges: {change: [create.end]}}}": "resources.volume.edges",
     "resources: {volume: {states: {in_use: [available]}}}": "resources.volume.states",

@@ -4,9 +4,11 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hostler_usage.history.intervals import Interval, Provenance
-from hostler_usage.history.measures import Window, hours, totals
+from hostler_usage.history.measures import Window, hours, shown_hours, totals
 from hostler_usage.reading.mapping_file import packaged
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
@@ -81,3 +83,8 @@ def test_measures_have_distinct_names() -> None:
 
 def test_an_amount_of_any_size_has_hours() -> None:
     assert hours(36 * 10**50) == Decimal(10) ** 42
+
+
+@given(st.integers(-(10**30), 10**30) | st.integers(-50, 50).map(lambda halves: 1800 * halves))
+def test_shown_hours_are_the_numbers_nearest_to_the_hours(amount: int) -> None:
+    assert shown_hours({"a": amount}) == {"a": float(hours(amount))}

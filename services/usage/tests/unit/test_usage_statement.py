@@ -43,6 +43,8 @@ In test_usage_<file>, quirk -> test (here unless a file is named):
   .start holds the request only       test_the_request_of_a_floating_ip_moves_nothing
   bulk creates                        test_a_bulk_create_speaks_of_each_of_its_resources
   old delete.end with an id alone     test_a_delete_that_holds_an_id_alone_ends_the_resource
+  launched_at is now, or never was    test_a_volume_is_not_there_while_it_is_being_made...; test_a_volume_that_never...
+  an address allocated again          test_an_address_that_is_allocated_again_lives_again_and_is_nobodys_between
   server_id or instance_uuid          normalise: test_ceilometers_name_for_the_attached_server_is_read_too
   errors of the decorator             test_an_error_under_a_functions_name_is_filed_under_its_instance
   metering for granular traffic       test_granular_traffic_counts_once_though_it_is_told_by_label_router_and_project
@@ -57,10 +59,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostler_usage import messages
-from hostler_usage.history.intervals import Provenance
+from hostler_usage.auditing.audits import Code
+from hostler_usage.history.intervals import Anomaly, Provenance
 from hostler_usage.history.ledger import Ledger, reckon
 from hostler_usage.history.measures import MICROSECONDS_PER_HOUR, Window, totals
 from hostler_usage.history.observation import attributes
+from hostler_usage.profiling.operations import Outcome
 from hostler_usage.reading.envelope import Notification
 from hostler_usage.reading.mapping import Edge, Phase, Reading
 from hostler_usage.reading.mapping_file import packaged
@@ -224,6 +228,7 @@ def test_a_legacy_exists_says_all_of_its_instance() -> None:
             disk_gb=20,
             image="155d900f-4e14-4e4c-a73d-069cbf4541e6",
             os="ubuntu",
+            os_type=None,
             state="active",
             host="cmp-017",
             node="cmp-017.example",
@@ -254,6 +259,7 @@ def test_a_versioned_exists_says_what_its_legacy_twin_says() -> None:
         "project": "6f70656e737461636b20342065766572",
         "user": "fake",
         "flavor": "test_flavor",
+        "os_type": None,
         "vcpus": 1,
         "memory_mb": 512,
         "disk_gb": 1,
@@ -298,8 +304,51 @@ def test_a_create_of_2012_in_the_oldest_shape_opens() -> None:
     ],
 )
 def test_the_os_is_what_the_image_says(meta: object, os: str) -> None:
-    statement = said(legacy("create.end", AUDITED, image_meta=meta, os_type="linux"))
-    assert dict(statement.attributes)["os"] == os
+    found = ledger(legacy("create.end", AUDITED, image_meta=meta, os_type="linux"))
+    assert spans(found, "os", "os_type") == [(LAUNCHED, None, os, "linux")]
+
+
+def test_an_instance_rebuilt_from_an_image_that_names_no_os_has_that_of_its_type() -> None:
+    at = LAUNCHED + 2 * HOUR
+    rebuilt = legacy(
+        "rebuild.end",
+        at + SECOND,
+        launched_at=f"{at:%Y-%m-%d %H:%M:%S}",
+        image_meta={"min_disk": "1"},
+        os_type="linux",
+    )
+    found = ledger(legacy("create.end", LAUNCHED + SECOND), rebuilt)
+    assert spans(found, "os") == [(LAUNCHED, at, "ubuntu"), (at, None, "linux")]
+
+
+def test_the_dialect_that_does_not_tell_the_os_contradicts_nobody() -> None:
+    def versioned(event: str, at: datetime, start: datetime | None = None) -> Notification:
+        inner: Payload = {
+            "uuid": INSTANCE,
+            "tenant_id": EXISTS["tenant_id"],
+            "os_type": "linux",
+            "state": "active",
+            "launched_at": "2026-05-07T23:01:27Z",
+        }
+        if start is not None:
+            period = {
+                "audit_period_beginning": f"{start:%Y-%m-%dT%H:%M:%SZ}",
+                "audit_period_ending": f"{start + HOUR:%Y-%m-%dT%H:%M:%SZ}",
+            }
+            inner["audit_period"] = {"nova_object.data": period}
+        return sent(f"instance.{event}", {"nova_object.data": inner}, at)
+
+    at = LAUNCHED + SECOND
+    twins = [
+        legacy("create.end", at, os_type="linux"),
+        versioned("create.end", at + MICROSECOND),
+        legacy("exists", AUDITED, os_type="linux"),
+        versioned("exists", AUDITED + MICROSECOND, on(8, "15:00", 5)),
+    ]
+    found = ledger(*twins)
+    assert spans(found, "os") == [(LAUNCHED, None, "ubuntu")]
+    assert {item.code for item in found.reconciliation.verdicts} == {Code.AGREED}
+    assert spans(ledger(twins[1]), "os") == [(LAUNCHED, None, "linux")]
 
 
 PERIOD = {"audit_period_beginning": "2026-05-08 15:00:00"}
@@ -384,6 +433,17 @@ def test_a_failed_create_says_why_and_opens_nothing() -> None:
         "no disk",
     )
     assert ledger(item).intervals == ()
+
+
+@pytest.mark.parametrize(
+    "event", ["create.start", "power_off.start", "finish_resize.start", "delete.start"]
+)
+def test_a_start_alone_is_no_life_but_an_operation_that_never_ended(event: str) -> None:
+    found = ledger(legacy(event, LAUNCHED + HOUR))
+    assert (found.intervals, found.anomalies) == ((), ())
+    assert [item.outcome for item in found.operations] == [Outcome.UNFINISHED]
+    told = ledger(legacy(event, LAUNCHED + HOUR), legacy("update", LAUNCHED + 2 * HOUR))
+    assert spans(told, "flavor") == [(LAUNCHED, None, EXISTS["instance_type"])]
 
 
 def test_failures_are_listened_to() -> None:
@@ -737,6 +797,83 @@ def test_what_cinder_keeps_is_billed_from_its_create_to_its_delete(
     }
 
 
+def volume(event: str, at: datetime, status: str, **changes: object) -> Notification:
+    plain = {key: value for key, value in VOLUME.items() if not key.startswith("audit_period")}
+    told = plain | {"status": status, "volume_attachment": []} | changes
+    return sent(f"volume.{event}", told, at)
+
+
+def unborn(event: str, at: datetime, status: str, **changes: object) -> Notification:
+    """A body about a volume without a launched_at of its own: Cinder fills in the time it is."""
+    now = (at - timedelta(milliseconds=3)).isoformat()
+    return volume(event, at, status, created_at="2026-10-28T09:50:00", launched_at=now, **changes)
+
+
+def test_a_volume_is_not_there_while_it_is_being_made_whatever_audits_say() -> None:
+    created, launched = on(28, "09:50"), on(28, "10:20")
+    period = {
+        "audit_period_beginning": str(on(28, "09:00")),
+        "audit_period_ending": "2026-10-28 10:00:00",
+    }
+    events = [
+        unborn("create.start", created, "creating"),
+        volume("create.end", launched + SECOND, "available", launched_at=launched.isoformat()),
+    ]
+    audited = [unborn("exists", on(28, "10:01"), "downloading", **period), *events]
+    found = ledger(*audited)
+    assert found.intervals == ledger(*events).intervals
+    assert spans(found, "state") == [(launched, None, "available")]
+    assert [item.code for item in found.reconciliation.verdicts] == ["agreed"]
+    later = volume("exists", on(28, "11:01"), "available", launched_at=launched.isoformat())
+    without_its_create = ledger(audited[0], events[0], later)
+    assert spans(without_its_create, "state") == [(launched, None, "available")]
+
+
+def test_a_volume_that_never_launched_is_not_billed_however_often_it_is_told_of() -> None:
+    failed = [
+        unborn("create.start", on(28, "09:50"), "creating"),
+        unborn("exists", on(28, "11:01"), "error"),
+        unborn("exists", on(28, "12:01"), "error"),
+        unborn("update.end", on(28, "12:02"), "error"),
+        unborn("delete.end", on(28, "12:30"), "deleting"),
+    ]
+    assert ledger(*failed).intervals == ()
+    assert {item.code for item in ledger(*failed).reconciliation.verdicts} == {"agreed"}
+    gone = ledger(failed[0], failed[-1])  # where nobody audits
+    assert (gone.intervals, gone.anomalies) == ((), ())
+
+
+@pytest.mark.parametrize(("kind", "payload"), [("snapshot", SNAPSHOT), ("backup", BACKUP)])
+def test_what_is_being_made_is_billed_from_its_creation_once_it_is_there(
+    kind: str, payload: Payload
+) -> None:
+    born = datetime.fromisoformat(str(payload["created_at"]))
+    making = sent(f"{kind}.exists", payload | {"status": "creating"}, born + HOUR)
+    made = sent(f"{kind}.create.end", payload, born + 2 * HOUR)
+    assert ledger(making).intervals == ()
+    assert spans(ledger(making, made), "state") == [(born, None, "available")]
+    assert {item.code for item in ledger(making).reconciliation.verdicts} == {Code.AGREED}
+
+
+def test_a_volume_that_is_attached_at_once_keeps_its_attachment() -> None:
+    launched = on(28, "10:00", 10)
+    at = launched + SECOND / 2
+    attached = VOLUME["volume_attachment"]
+    found = ledger(
+        volume(
+            "create.end", launched + SECOND / 10, "available", launched_at=launched.isoformat()
+        ),
+        volume(
+            "attach.end",
+            at,
+            "in-use",
+            launched_at=launched.isoformat(),
+            volume_attachment=attached,
+        ),
+    )
+    assert spans(found, "attached_to") == [(launched, at, None), (at, None, INSTANCE)]
+
+
 @pytest.mark.parametrize("kind", ["snapshot", "backup"])
 def test_what_cinder_sends_again_of_snapshots_and_backups_changes_no_total(kind: str) -> None:
     payload = {"snapshot": SNAPSHOT, "backup": BACKUP}[kind]
@@ -1010,6 +1147,47 @@ def test_addresses_of_nova_network_and_of_the_2012_list_are_told_by_their_addres
     ):
         found = ledgers(sent(names[0], payload, at), sent(names[1], payload, at + HOUR))
         assert spans(found["172.24.4.227"], "project") == [(at, at + HOUR, "p")]
+
+
+def address(event: str, at: datetime, project: str = "p") -> Notification:
+    payload = {"project_id": project, "floating_ip": "172.24.4.227"}
+    return sent(f"compute.ip.{event}", payload, at)
+
+
+def test_an_address_that_is_allocated_again_lives_again_and_is_nobodys_between() -> None:
+    at = on(27, "10:00", 9)
+    told = [
+        address("allocate.end", at, "p1"),
+        address("release.end", at + HOUR, "p1"),
+        address("release.end", at + HOUR + SECOND / 2, "p1"),
+        address("associate", at + HOUR + 2 * SECOND, "p1"),  # of a host whose clock runs ahead
+        address("allocate.end", at + 3 * HOUR, "p2"),
+        address("release.end", at + 5 * HOUR, "p2"),
+        address("exists", at + 8 * HOUR, "p3"),  # its allocation was lost
+    ]
+    found = ledger(*told)
+    assert spans(found, "project") == [
+        (at, at + HOUR, "p1"),
+        (at + 3 * HOUR, at + 5 * HOUR, "p2"),
+        (at + 8 * HOUR, None, "p3"),
+    ]
+    assert ledger(*reversed(told)) == found
+    assert used(found, "floating_ip", at, at + 6 * HOUR) == {
+        "floating_ip_hours": 3 * MICROSECONDS_PER_HOUR
+    }
+    assert "deleted_twice" not in {item.code for item in found.reconciliation.verdicts}
+
+
+def test_what_is_said_of_an_address_after_its_end_opens_no_other_life() -> None:
+    at = on(27, "10:00", 9)
+    told = [
+        address("allocate.end", at),
+        address("release.end", at + HOUR),
+        address("associate", at + HOUR + 2 * SECOND),
+    ]
+    found = ledger(*told)
+    assert spans(found, "project") == [(at, at + HOUR, "p")]
+    assert found.anomalies == (Anomaly.SEEN_AFTER_END,)
 
 
 METER: Payload = json.loads(

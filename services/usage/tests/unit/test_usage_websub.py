@@ -84,6 +84,15 @@ def test_no_lease_is_for_ever_or_for_nothing(asked: int | None) -> None:
         assert lease.seconds(asked) == asked
 
 
+@given(st.none() | st.integers(1, 10**18), st.integers(-(10**9), 10**9))
+def test_a_lease_ends_with_the_token_that_was_shown(asked: int | None, lasts: int) -> None:
+    lease = Lease(least=60, usual=3600, most=86_400)
+    granted = lease.seconds(asked, lasts)
+    assert 1 <= granted <= lease.seconds(asked)
+    assert granted <= max(1, lasts)
+    assert granted in (lease.seconds(asked), max(1, lasts))
+
+
 def test_verification_asks_with_all_that_the_recommendation_names_and_keeps_the_query() -> None:
     url = websub.verification_url(
         CALLBACK, mode=Mode.SUBSCRIBE, topic=TOPIC + "?a=b&c", challenge="c-1", lease_seconds=60

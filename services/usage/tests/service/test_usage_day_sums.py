@@ -1,0 +1,287 @@
+"""What sums of whole days answer alone: every group once and in order, and no more read than a page asks for."""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import UTC, date, datetime, timedelta
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+
+from hostler_common import db
+from hostler_usage.api import Usage, usage_document
+from hostler_usage.history.measures import Window
+from hostler_usage.history.paging import BadMarker, marker_after
+from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
+from hostler_usage.reading.mapping_file import packaged
+
+FIRST = date(2026, 4, 27)
+MEASURES = {
+    "instance": ("instance_hours", "vcpu_hours", "ram_mb_hours", "bandwidth_in_bytes"),
+    "volume": ("volume_hours", "volume_gb_hours"),
+    "image": ("image_byte_hours",),
+}
+KNOWN = {(item.resource_type, item.name) for item in packaged().measures}
+
+
+class Sum(NamedTuple):
+    """A row of `usage_day`."""
+
+    day: date
+    region: str
+    project: str
+    type: str
+    measure: str
+    amount: int
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[db.Pool]:
+    await db.migrate(database_url, schema="usage", package="hostler_usage")
+    async with db.open_pool(database_url, schema="usage") as opened:
+        yield opened
+
+
+async def filled(pool: db.Pool, sums: Iterable[Sum]) -> None:
+    """These are the sums, and those of all days there are."""
+    async with db.transaction(pool) as connection:
+        await connection.copy_records_to_table("usage_day", schema_name="usage", records=sums)
+        await connection.execute("INSERT INTO rollup_state (until) VALUES ('2026-06-01')")
+    async with db.connection(pool) as connection:
+        await connection.execute("ANALYZE usage_day")
+
+
+def some(chance: random.Random) -> list[Sum]:
+    """Sums of ten days: of projects with much and with nothing, of none, of measures that are no more."""
+    found = {}
+    for number in range(chance.choice((3, 40))):
+        project = "" if number == 0 else f"p{chance.randrange(100):02}"
+        for _ in range(chance.choice((1, 5, 60))):
+            kind = chance.choice(tuple(MEASURES))
+            row = Sum(
+                day=FIRST + timedelta(days=chance.randrange(10)),
+                region=chance.choice(("r1", "r1", "r2")),
+                project=project,
+                type=kind,
+                measure=chance.choice((*MEASURES[kind], "gone_hours", "instance_hours")),
+                # some come down to nothing together, some are beyond what 64 bits hold
+                amount=chance.choice((0, 5, -5, chance.randrange(10**12), 10**22)),
+            )
+            found[row[:-1]] = row
+    return list(found.values())
+
+
+def spelled(row: Sum, group: str) -> str:
+    match group:
+        case "day":
+            return f"{row.day}T00:00:00"
+        case "month":
+            return f"{row.day.replace(day=1)}T00:00:00"
+        case _:
+            return str(getattr(row, group))
+
+
+def expected(rows: Iterable[Sum], groups: Sequence[str]) -> list[tuple[tuple[str, ...], object]]:
+    """The answer, put together one sum after the other."""
+    found: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    if not groups:
+        found[()] = Counter()
+    for row in rows:
+        if row.amount:
+            group = found[tuple(spelled(row, name) for name in groups)]
+            if (row.type, row.measure) in KNOWN:
+                group[row.measure] += row.amount
+    return [
+        (key, {name: amount for name, amount in found[key].items() if amount})
+        for key in sorted(found)
+    ]
+
+
+GROUPS: tuple[list[str], ...] = (
+    ["project", "day"],
+    ["day", "project"],
+    ["project", "type", "day"],
+    ["type", "day", "region", "project"],
+    ["project"],
+    ["day"],
+    ["project", "month"],
+    ["month", "region"],
+    ["region", "type"],
+    [],
+)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_pages_of_any_size_hold_every_group_once_and_in_order(
+    pool: db.Pool, seed: int
+) -> None:
+    chance = random.Random(seed)
+    sums = some(chance)
+    await filled(pool, sums)
+    reports = ReportStore(pool=pool, mapping=packaged())
+    answered = 0
+    for _ in range(40):
+        first, groups = FIRST + timedelta(days=chance.randrange(9)), chance.choice(GROUPS)
+        last = first + timedelta(days=chance.choice((1, 3, 20)))
+        window = Window(
+            start=datetime(first.year, first.month, first.day, tzinfo=UTC),
+            end=datetime(last.year, last.month, last.day, tzinfo=UTC),
+            as_of=datetime(2026, 7, 1, tzinfo=UTC),
+        )
+        where = UsageFilter(
+            scope=chance.choice((None, None, frozenset({"p01", "p07", "p23", "p80", "no such"}))),
+            region=chance.choice((None, None, "r2")),
+            resource_type=chance.choice((None, None, "volume")),
+        )
+        right = expected(
+            (
+                row
+                for row in sums
+                if first <= row.day < last
+                and (where.scope is None or row.project in where.scope)
+                and where.region in (None, row.region)
+                and where.resource_type in (None, row.type)
+            ),
+            groups,
+        )
+        limit, marker = chance.choice((1, 2, 7, 50, 20_000)), None
+        rows: list[UsageRow] = []
+        while True:
+            page, marker = await reports.usage(window, groups, where, limit=limit, marker=marker)
+            assert 0 < len(page) <= limit or not right
+            rows += page
+            if marker is None:
+                break
+            assert len(page) == limit
+        said = [(tuple(value or "" for value in row.group.values()), row.amounts) for row in rows]
+        assert said == right, (groups, where, limit)
+        assert all(list(row.group) == groups and row.resources is None for row in rows)
+        whole = [row async for batch in reports.all_usage(window, groups, where) for row in batch]
+        assert whole == rows
+        answered += bool(right)
+    assert answered > 10
+
+
+@pytest.mark.parametrize("leading", [0, 1])
+async def test_slices_of_whole_days_are_the_usage_between_their_edges(
+    pool: db.Pool, leading: int
+) -> None:
+    chance = random.Random(leading)
+    sums = some(chance)
+    await filled(pool, sums)
+    reports = ReportStore(pool=pool, mapping=packaged())
+    answered = 0
+    for _ in range(20):
+        cuts = sorted(chance.sample(range(-2, 14), chance.choice((2, 3, 8))))
+        if chance.random() < 0.3:
+            cuts = list(range(cuts[0], cuts[-1] + 1))  # every slice is a day
+        days = [FIRST + timedelta(days=cut) for cut in cuts]
+        groups = chance.choice((["project"], ["project", "type"], ["region"]))
+        found = [
+            (row.slice, row.group, row.amounts)
+            async for batch in reports.usage_by_slice(
+                [datetime(day.year, day.month, day.day, tzinfo=UTC) for day in days],
+                groups,
+                UsageFilter(),
+                as_of=datetime(2026, 7, 1, tzinfo=UTC),
+                leading=leading,
+            )
+            for row in batch
+        ]
+        right = [
+            (number, dict(zip(groups, (part or None for part in key), strict=True)), amounts)
+            for number, (first, last) in enumerate(pairwise(days))
+            for key, amounts in expected((row for row in sums if first <= row.day < last), groups)
+            if amounts
+        ]
+        if leading:
+            right.sort(key=lambda row: row[1][groups[0]] or "")
+        assert found == right, (days, groups)
+        answered += bool(right)
+    assert answered > 10
+
+
+async def read_rows(pool: db.Pool) -> int:
+    """How many rows of `usage_day` were read until now."""
+    async with db.connection(pool) as connection:
+        await connection.execute("SELECT pg_stat_force_next_flush()")
+    async with db.connection(pool) as connection:
+        await connection.execute("SELECT pg_stat_clear_snapshot()")
+        return int(
+            await connection.fetchval(
+                "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables"
+                " WHERE relname = 'usage_day' AND schemaname = 'usage'"
+            )
+        )
+
+
+@pytest.mark.parametrize("groups", [["project", "day"], ["day", "project"], ["project"]])
+async def test_a_page_reads_its_own_rows_and_neither_other_projects_nor_other_years(
+    pool: db.Pool, database_url: str, groups: list[str]
+) -> None:
+    days, projects = 60, 2000
+    await filled(
+        pool,
+        (
+            Sum(FIRST - timedelta(days=day), "r1", f"p{project:04}", "volume", "volume_hours", 1)
+            for day in range(days)
+            for project in range(projects)
+        ),
+    )
+    window = Window(
+        start=datetime(2026, 4, 1, tzinfo=UTC),
+        end=datetime(2026, 4, 11, tzinfo=UTC),
+        as_of=datetime(2026, 7, 1, tzinfo=UTC),
+    )
+    async with db.open_pool(database_url, schema="usage", max_size=1) as quiet:
+        reports = ReportStore(pool=quiet, mapping=packaged())
+        marker: str | None = None
+        for number in range(8):  # more often than a statement is planned anew
+            before = await read_rows(quiet)
+            page, marker = await reports.usage(
+                window, groups, UsageFilter(), limit=20, marker=marker
+            )
+            assert len(page) == 20
+            sums = 20 * (1 if "day" in groups else 10)
+            # two pages' worth, two reads to find each project, and of a day that was begun all of it
+            bound = 2 * sums + 2 * 25 + (2 * projects if groups[0] == "day" else 0)
+            assert await read_rows(quiet) - before <= bound, number
+
+
+async def test_a_marker_that_no_group_could_have_is_refused(pool: db.Pool) -> None:
+    await filled(pool, [Sum(FIRST, "r1", "p", "volume", "volume_hours", 1)])
+    reports = ReportStore(pool=pool, mapping=packaged())
+    window = Window(
+        start=datetime(2026, 4, 27, tzinfo=UTC),
+        end=datetime(2026, 4, 28, tzinfo=UTC),
+        as_of=datetime(2026, 7, 1, tzinfo=UTC),
+    )
+    for parts in (["p", "soon"], ["p"], ["p", "0000-00-00"], ["p", ""]):
+        with pytest.raises(BadMarker):
+            await reports.usage(
+                window, ["project", "day"], UsageFilter(), limit=1, marker=marker_after(parts)
+            )
+
+
+def test_amounts_beyond_64_bits_are_written_exactly() -> None:
+    row = UsageRow(
+        group={"project": "ä", "day": None},
+        amounts={"image_byte_hours": 10**23 + 1, "volume_read_bytes": 2**64, "vcpu_hours": -3600},
+        resources=None,
+    )
+    now = datetime(2026, 5, 1, 1, 2, 3, tzinfo=UTC)
+    head = Usage(
+        start=now,
+        end=now,
+        as_of=now,
+        group_by=[],
+        usage=[],
+        next_marker=None,
+        unfolded_resources=0,
+    )
+    (item,) = Usage.model_validate_json(usage_document(head, [row], packaged())).usage
+    assert item.unit_microseconds == {"image_byte_hours": 10**23 + 1, "vcpu_hours": -3600}
+    assert item.amounts == {"volume_read_bytes": 2**64}
+    assert item.hours == {"image_byte_hours": 27777777777777.777778, "vcpu_hours": -0.000001}
+    assert item.group == {"project": "ä", "day": None}
