@@ -13,17 +13,15 @@ import os
 import random
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from hostler_common import client, errors, logs, runtime
 from hostler_common import settings as common_settings
 from hostler_common.agent import AgentContext
 from hostler_common.bus import Delivery, Reject
-from hostler_precache import envelope, messages, protocol
+from hostler_precache import envelope, messages, protocol, threads
 from hostler_precache.metrics import AgentMetrics
 from hostler_precache.placing import keeper, placement, shelf
 from hostler_precache.placing.placement import Wanted
@@ -44,7 +42,6 @@ MIN_REPORT_SECONDS = 0.1
 MAX_REPORTED = 1000
 REPAIR_SECONDS = 600.0
 ENDING_SECONDS = 5.0
-ResultT = TypeVar("ResultT")
 
 
 class _Refused(Exception):
@@ -377,7 +374,7 @@ class CacheAgent:
                 return found
             await asyncio.to_thread(held.make_room, work.placed, listed)
         async with AsyncExitStack() as serving:
-            store = await _whole(
+            store = await threads.to_end(
                 lambda: pieces.PieceStore.open(
                     held.directory,
                     work.blob_id,
@@ -396,13 +393,13 @@ class CacheAgent:
                 if following is None:
                     async with asyncio.TaskGroup() as group:
                         # beside the transfer: on some file systems it writes the whole file
-                        group.create_task(_whole(store.allocate))
+                        group.create_task(threads.to_end(store.allocate))
                         await self._transfer(work, blob, store, transport)
                 else:
                     listed = await self._grow(work, following, blob, store, transport)
                 assert isinstance(listed, Manifest)
                 closed = blob.manifest = listed
-                outcome = await _whole(lambda: self._place(work, store, closed))
+                outcome = await threads.to_end(lambda: self._place(work, store, closed))
             if outcome is placement.Outcome.PLACED:
                 work.state = HostState.CACHED
                 stack.push_async_exit(serving.pop_all())
@@ -471,7 +468,9 @@ class CacheAgent:
 
         async def close() -> Manifest:
             closed = await following.until_closed(grew)
-            await _whole(store.allocate)  # beside the transfer: it may write the whole file
+            await threads.to_end(
+                store.allocate
+            )  # beside the transfer: it may write the whole file
             return closed
 
         async with asyncio.TaskGroup() as group:
@@ -481,7 +480,7 @@ class CacheAgent:
 
     async def _find(self, work: _Work, listed: Manifest, stack: AsyncExitStack) -> Blob | None:
         """The image as it is in its place, open on the stack; None where it is not."""
-        fd = await _whole(
+        fd = await threads.to_end(
             lambda: self._shelf.find(
                 work.placed, listed, replace=self._settings.replace_differing
             ),
@@ -585,7 +584,7 @@ class CacheAgent:
             return found
         blob = work.blob
         try:
-            store = await _whole(
+            store = await threads.to_end(
                 lambda: pieces.PieceStore.reopen(path, listed, damaged=found),
                 undo=pieces.PieceStore.close,
             )
@@ -657,23 +656,6 @@ class CacheAgent:
                 work.tell_swarm()
         if reply.look_again:
             self._look_again.set()
-
-
-async def _whole(
-    call: Callable[[], ResultT], *, undo: Callable[[ResultT], None] = lambda _: None
-) -> ResultT:
-    """What a blocking call gives, from a thread.
-
-    When cancelled, only after the thread is done with its files, and what it gave is undone.
-    """
-    running = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        if running.exception() is None:
-            undo(running.result())
-        raise
 
 
 def _opened_anew(store: pieces.PieceStore) -> int:

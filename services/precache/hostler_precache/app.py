@@ -142,6 +142,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             distributions=distributions,
             swarms=swarms,
             tracking=tracker,
+            on_done=efficiency.done,
         )
         process.every(1.0, rollouts.advance, name="rollouts")
         process.spawn(pipeline.run_policies_forever(), name="policies")
@@ -155,6 +156,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             store=store,
             distributions=distributions,
             swarms=swarms,
+            on_done=efficiency.done,
             days=settings.history_days,
         )
         process.every(history_jobs.EVERY_SECONDS, history.forget, name="history")
@@ -162,6 +164,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         state = {
             "store": store,
             "distributions": distributions,
+            "efficiency": efficiency,
             "looks": Looks(distributions, seed_bytes_per_second=settings.link_bytes_per_second),
             "swarms": swarms,
             "policies": policies,

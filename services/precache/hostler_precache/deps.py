@@ -6,6 +6,7 @@ from fastapi import Query
 
 from hostler_common import http
 from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.efficiency import Efficiency
 from hostler_precache.distribution.looks import Looks
 from hostler_precache.distribution.policy_store import PolicyStore
 from hostler_precache.settings import Settings
@@ -17,6 +18,7 @@ from hostler_precache.swarming.tracker import Tracker
 
 StoreDep = Annotated[Store, http.state("store")]
 DistributionsDep = Annotated[DistributionStore, http.state("distributions")]
+EfficiencyDep = Annotated[Efficiency, http.state("efficiency")]
 LooksDep = Annotated[Looks, http.state("looks")]
 SwarmsDep = Annotated[SwarmStore, http.state("swarms")]
 PoliciesDep = Annotated[PolicyStore, http.state("policies")]

@@ -165,6 +165,7 @@ class Pipeline:
             mine = await self._store.fetches_of(self._seed.name)
             for blob_id in self._interrupted - self._fetching - mine:
                 self._give_up(blob_id)
+                self._seed.withdraw(blob_id)  # whole, and its process was killed before it said so
 
     def _give_up(self, blob_id: BlobId) -> None:
         """What was left of an interrupted fetch is gone."""
@@ -234,6 +235,8 @@ class Pipeline:
     # --- fetch
 
     async def _resume(self) -> None:
+        # before others may have them: what a process before left of those goes when they do
+        self._interrupted |= await self._store.fetches_of(self._seed.name)
         await self._store.seed_started(self._seed.name, self._seed.url)
         await self._replicas.discard_leftovers()
         for record in await self._store.seed_blobs(self._seed.name):
@@ -466,20 +469,23 @@ class Pipeline:
                     verification=fetched.verification,
                     disk_format=fetched.disk_format,
                 )
-                if ready is not None:
-                    event = messages.IMAGE_FETCHED.message(
-                        messages.ImageFetched(
-                            image_id=task.image.image_id,
-                            blob_id=task.blob_id,
-                            size_bytes=fetched.manifest.size_bytes,
-                            root=fetched.manifest.root.hex(),
-                            verification=fetched.verification.value,
-                        ),
-                        app_id=messages.APP_ID,
+                if ready is None:
+                    return await self._store.is_finished(
+                        connection, task.blob_id, seed=self._seed.name, root=fetched.manifest.root
                     )
-                    await self._store.announce(connection, [event])
-                    await self._announce(connection, record, ready)
-            return ready is not None
+                event = messages.IMAGE_FETCHED.message(
+                    messages.ImageFetched(
+                        image_id=task.image.image_id,
+                        blob_id=task.blob_id,
+                        size_bytes=fetched.manifest.size_bytes,
+                        root=fetched.manifest.root.hex(),
+                        verification=fetched.verification.value,
+                    ),
+                    app_id=messages.APP_ID,
+                )
+                await self._store.announce(connection, [event])
+                await self._announce(connection, record, ready)
+            return True
 
         if not await self._patiently(finish):
             log.warning("fetch_taken_over", image_id=task.image.image_id)

@@ -30,7 +30,8 @@ class Metrics:
         )
         self.over_bound = Histogram(
             "precache_distribution_over_bound",
-            "Of distributions that are done: their time over the bound of their network.",
+            "Of distributions, whenever their last host has ended: their time over the bound of"
+            " their network. Again where another host comes later.",
             buckets=(1.02, 1.05, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2, 3, 5, 10),
             registry=registry,
         )

@@ -28,7 +28,8 @@ from hostler_precache.transfer import manifest as manifests
 from hostler_precache.transfer.manifest import BlobId, ImageId, Manifest
 
 MAX_BIGINT: Final = 2**63 - 1
-# Whether a host that was heard of in the last $2 seconds has the whole of `blob`.
+# Whether a host that was heard of in the last $2 seconds has the whole of `blob`: by its own word,
+# so one that says so and sends nothing keeps a blob without a seed from being fetched again.
 HELD: Final = (
     "EXISTS (SELECT 1 FROM distribution d JOIN distribution_host h USING (distribution_id)"
     "   JOIN host ON host.host = h.host WHERE d.blob_id = blob.blob_id"
@@ -427,6 +428,17 @@ class Store:
             UUID(blob_id),
         )
         return begun
+
+    async def is_finished(
+        self, connection: db.Connection, blob_id: BlobId, *, seed: str, root: bytes
+    ) -> bool:
+        """Whether this very result is stored: by a commit whose answer was lost."""
+        found: bool = await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM blob"
+            " WHERE blob_id = $1 AND seed = $2 AND root = $3 AND state = 'ready')",
+            UUID(blob_id), seed, root,
+        )  # fmt: skip
+        return found
 
     async def fetch_failed(
         self,

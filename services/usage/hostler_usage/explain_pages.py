@@ -19,8 +19,10 @@ from hostler_usage.history.measures import hours
 from hostler_usage.history.report_store import ReportStore
 from hostler_usage.page_frame import Marker, in_utc, render
 from hostler_usage.reading.event import event_id
+from hostler_usage.reading.times import MICROSECOND
 
 PARTS_SHOWN: Final = 50
+_FIRST: Final = datetime.min.replace(tzinfo=UTC)
 
 router = APIRouter(include_in_schema=False)
 
@@ -45,7 +47,7 @@ async def explain(
     """What a number of usage is made of; of the month so far, where no window is asked for."""
     now = datetime.now(UTC)
     until = in_utc(end) or now
-    since = in_utc(start) or until.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    since = in_utc(start) or _month_of(until)
     groups = asked_groups(request.query_params.multi_items())
     unfolded = await reports.unfolded()
     found = await store.explain(
@@ -78,6 +80,12 @@ async def explain(
         unfolded=unfolded,
         next_marker=found.next_marker,
     )
+
+
+def _month_of(until: datetime) -> datetime:
+    """The begin of the month that ends at `until`, or has it within."""
+    last = until if until == _FIRST else until - MICROSECOND
+    return last.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
 
 def _shown(found: Explanation, exact: int) -> float:

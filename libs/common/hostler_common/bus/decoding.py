@@ -107,6 +107,7 @@ class _Table:
         self._left -= 1
         if self._left < 0:
             raise _TooMuchError(f"more than {MAX_VALUES} values")
+        self._within(at + 1, end)
         letter = self._value[at : at + 1]
         at += 1
         fixed = _FIXED.get(letter)

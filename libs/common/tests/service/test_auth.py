@@ -14,8 +14,8 @@ import jwt
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hostler_common import auth, errors, settings
 from hostler_common.auth import Principal, Role
@@ -244,9 +244,25 @@ def signed_with_the_public_key() -> str:
     return f"{head}.{base64.urlsafe_b64encode(digest).rstrip(b'=').decode()}"
 
 
+def b64(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+
+
+def signed_text(more: str) -> str:
+    """A token of our key, with these claims as they stand there."""
+    body = json.dumps(claims()).removesuffix("}")
+    head = f"{encoded({'alg': 'RS256', 'typ': 'JWT'})}.{b64(f'{body}, {more}}}')}"
+    signature = KEY.sign(head.encode(), padding.PKCS1v15(), hashes.SHA256())
+    return f"{head}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
+
+
 BAD: dict[str, Callable[[], str]] = {
     "expired": lambda: signed(exp=time.time() - 60),
     "without expiry": lambda: signed(exp=None),
+    "whose expiry is infinite": lambda: signed_text('"exp": 1e999'),
+    "that is valid from infinity on": lambda: signed_text('"exp": 9e9, "nbf": 1e999'),
+    "whose head is deep": lambda: f"{b64('[' * 5000)}.{encoded(claims())}.AAAA",
+    "whose projects are deep": lambda: signed_text(f'"hostler_projects": {"[" * 50_000}'),
     "not valid yet": lambda: signed(nbf=time.time() + 60),
     "for another audience": lambda: signed(aud="somebody else"),
     "without audience": lambda: signed(aud=None),

@@ -329,10 +329,20 @@ def test_a_table_is_read_without_being_copied_again_for_each_of_its_values(kind:
     assert table.copied <= len(table)
 
 
-def test_a_table_that_cannot_be_read_does_not_spoil_the_one_it_is_in() -> None:
-    inner = field_table({"k": b"?"})
-    found = decoding.table(field_table({"bad": b"F" + inner, "compression": b"S\0\0\0\4gzip"}))[1]
-    assert found == {"bad": {decoding.UNDECODABLE: inner[4:]}, "compression": "gzip"}
+@pytest.mark.parametrize(
+    ("last", "next_key"),
+    [
+        (b"?", "compression"),
+        # cut off: the byte behind it, the length of the next key, would be a letter
+        *((b"", "k" * letter) for letter in b"\0V"),
+    ],
+)
+def test_a_table_that_cannot_be_read_does_not_spoil_the_one_it_is_in(
+    last: bytes, next_key: str
+) -> None:
+    inner = field_table({"k": last})
+    found = decoding.table(field_table({"bad": b"F" + inner, next_key: b"S\0\0\0\4gzip"}))[1]
+    assert found == {"bad": {decoding.UNDECODABLE: inner[4:]}, next_key: "gzip"}
 
 
 def test_headers_as_large_as_a_frame_are_left_out_when_published_again() -> None:

@@ -19,6 +19,7 @@ from hostler_common.auth import Caller, Role
 from hostler_precache import protocol
 from hostler_precache.deps import (
     DistributionsDep,
+    EfficiencyDep,
     Limit,
     LooksDep,
     SettingsDep,
@@ -551,6 +552,7 @@ async def resume_distribution(
     distribution_id: UUID,
     store: StoreDep,
     distributions: DistributionsDep,
+    efficiency: EfficiencyDep,
     swarms: SwarmsDep,
     tracker: TrackerDep,
     settings: SettingsDep,
@@ -571,6 +573,7 @@ async def resume_distribution(
                     token_seconds=settings.token_seconds,
                 ),
             )
+    efficiency.done(finished)
     return await _changed(distribution_id, distributions, tracker, settings)
 
 

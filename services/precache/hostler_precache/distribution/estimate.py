@@ -122,7 +122,8 @@ def _elapsed_seconds(
 ) -> float:
     """How long it has been on its way since it was announced, without the times in which all had ended.
 
-    A host that comes a day later takes its own time, and not a day.
+    A host that comes a day later takes its own time, and not a day. Until the first host begins the
+    time goes on: that nobody is there, and that nobody is sent anything, look the same from here.
     """
     began = distribution.announced_at
     if began is None:

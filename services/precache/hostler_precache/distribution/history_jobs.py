@@ -1,10 +1,12 @@
 """What has been over for long is dropped, in transactions so small that nobody waits for them."""
 
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from hostler_common import db, logs
 from hostler_precache.distribution import endings
 from hostler_precache.distribution.distribution_store import DistributionStore
+from hostler_precache.distribution.distributions import DistributionId
 from hostler_precache.distribution.history_store import HistoryStore
 from hostler_precache.store import Store
 from hostler_precache.swarming.swarm_store import SwarmStore
@@ -25,12 +27,15 @@ class History:
         store: Store,
         distributions: DistributionStore,
         swarms: SwarmStore,
+        on_done: Callable[[Sequence[DistributionId]], None],
         days: int,
     ) -> None:
+        """Drop what has been over for `days`; `on_done` is told of what waited for gone hosts only."""
         self._history = history
         self._store = store
         self._distributions = distributions
         self._swarms = swarms
+        self._on_done = on_done
         self._days = days
 
     async def forget(self) -> None:
@@ -68,4 +73,5 @@ class History:
                 connection, self._distributions, ended=[], finished=finished
             )
             await self._store.announce(connection, events)
+        self._on_done(finished)
         return len(gone)

@@ -4,6 +4,7 @@ A distribution that needs a decision is locked, so that of several replicas one 
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -12,7 +13,7 @@ from hostler_common.bus import Message
 from hostler_precache import messages
 from hostler_precache.distribution import endings, rollout
 from hostler_precache.distribution.distribution_store import DistributionStore
-from hostler_precache.distribution.distributions import LiveDistribution
+from hostler_precache.distribution.distributions import DistributionId, LiveDistribution
 from hostler_precache.distribution.rollout import Verdict
 from hostler_precache.settings import Settings
 from hostler_precache.store import Store
@@ -33,12 +34,15 @@ class Rollouts:
         distributions: DistributionStore,
         swarms: SwarmStore,
         tracking: tracker.Tracker,
+        on_done: Callable[[Sequence[DistributionId]], None],
     ) -> None:
+        """Nothing is known yet; `on_done` is told of distributions that are done with their canaries."""
         self._settings = settings
         self._store = store
         self._distributions = distributions
         self._swarms = swarms
         self._tracker = tracking
+        self._on_done = on_done
         # who is silent is only known by who listens: not while this process, or the database, was away
         self._listens_since: float | None = None
 
@@ -48,21 +52,27 @@ class Rollouts:
         Raises:
             DatabaseUnavailable: nothing is known, and nobody has been listened to.
         """
+        finished: list[DistributionId] = []
         try:
             async with db.transaction(self._distributions.pool) as connection:
                 lives = await self._distributions.claim_live(connection)
-                changed = [live for live in lives if await self._advance(connection, live)]
+                changed = [
+                    live for live in lives if await self._advance(connection, live, finished)
+                ]
         except errors.Unavailable:
             self._listens_since = None
             raise
         if self._listens_since is None:
             self._listens_since = time.monotonic()
+        self._on_done(finished)
         for live in changed:
             if live.blob is not None:
                 self._tracker.forget(live.blob.blob_id)
 
-    async def _advance(self, connection: db.Connection, live: LiveDistribution) -> bool:
-        """Whether anything about the distribution has changed."""
+    async def _advance(
+        self, connection: db.Connection, live: LiveDistribution, finished: list[DistributionId]
+    ) -> bool:
+        """Whether anything about the distribution has changed; if it is done by it, it is `finished`."""
         now = datetime.now(UTC)
         is_open = rollout.is_open(live.rollout.windows, now)
         wave, deadline_met, events = live.wave, live.deadline_met, list[Message]()
@@ -114,9 +124,10 @@ class Rollouts:
             is_open=is_open, deadline_met=deadline_met,
         )  # fmt: skip
         if wave > live.wave:  # where all its hosts were canaries, the last of them may be skipped
-            finished = await self._swarms.settle(connection, [live.distribution_id])
+            settled = await self._swarms.settle(connection, [live.distribution_id])
+            finished += settled
             events += await endings.events_of(
-                connection, self._distributions, ended=[], finished=finished
+                connection, self._distributions, ended=[], finished=settled
             )
         if live.blob is not None and (wave > live.wave or is_open > live.is_open):
             events += tracker.announcements(

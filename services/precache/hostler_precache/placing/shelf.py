@@ -121,7 +121,7 @@ class Shelf:
             self._files, work=self._work, quota=quota, reserve_bytes=reserve_bytes
         )
         self._guard: int | None = None
-        self._gone: set[str] = set()  # with all that was known of the place
+        self._gone: dict[str, Record] = {}  # with all that was known of the place
         self._mutex = threading.RLock()
 
     @property
@@ -269,14 +269,17 @@ class Shelf:
             for one in wanted:
                 with contextlib.suppress(UnsupportedError):
                     by_name.setdefault(self.target(one).name, []).append(one)
-            lost = [one for name in self._gone for one in by_name.get(name, ())]
+            lost = {
+                name for name, record in self._gone.items() if not self._is_known_again(record)
+            }
             self._gone.clear()
             doomed: list[Record] = []
             failed: list[str] = []
             for record in list(self._files.records.values()):
                 try:
                     if record.name in by_name:
-                        lost += [] if self._pin(record) else by_name[record.name]
+                        if not self._pin(record):
+                            lost.add(record.name)
                     elif self._let_go(record, is_deleted=record.image_id in deleted):
                         doomed.append(self._files.records[record.name])
                 except (OSError, PieceStoreError) as exc:  # the others are tended
@@ -289,7 +292,7 @@ class Shelf:
             ]
             evicted = self._room.keep_below_the_mark()
             return Tended(
-                lost=tuple(lost),
+                lost=tuple(one for name in sorted(lost) for one in by_name.get(name, ())),
                 removed=tuple(removed),
                 evicted=tuple(evicted),
                 failed=tuple(failed),
@@ -407,8 +410,13 @@ class Shelf:
             log.warning("place_is_gone", path=str(self.directory))
             os.close(self._guard)
             self._guard = None
-        self._gone |= self._files.records.keys()
+        self._gone |= self._files.records
         self._files.records = {}
+
+    def _is_known_again(self, record: Record) -> bool:
+        """Whether there is a record of the same image: nothing but our lock went, or it was placed since."""
+        now = self._files.records.get(record.name)
+        return now is not None and now.root == record.root
 
     @contextlib.contextmanager
     def _failures_named(self, path: Path) -> Iterator[None]:

@@ -122,11 +122,16 @@ class Writer:
             if size_bytes is not None and is_as_it_is
             else None
         )
+        self._fd = -1
         try:
+            if not left_bytes:
+                # what is still being sent of an attempt before, is of its file, and not of this one
+                part.unlink(missing_ok=True)
             self._fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             # zeros are not written: what is not there yet has to be a hole
             os.ftruncate(self._fd, left_bytes)
         except OSError as exc:
+            self.close()
             raise pieces.PieceStoreError(f"{part}: {exc.strerror}") from exc
 
     def begin(self) -> Arriving | None:

@@ -17,19 +17,20 @@ versions from the image, and all is fetched again at once.
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from hostler_common import logs
+from hostler_precache import threads
 from hostler_precache.images import Image, Verification
 from hostler_precache.sources import conversion, inspection
 from hostler_precache.sources.arrival import Arriving, Writer
 from hostler_precache.sources.plugins import Fetcher
 from hostler_precache.sources.source import Hole, Source, SourceError
-from hostler_precache.transfer import manifest, pieces
+from hostler_precache.transfer import leftovers, manifest, pieces
 from hostler_precache.transfer.manifest import Manifest
 
 # of a hole, what is hashed in one step off the loop: a step cannot be cancelled
@@ -41,8 +42,6 @@ _INTERRUPTIONS: Final = frozenset(
 
 
 log = logs.get(__name__)
-
-ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,13 +127,13 @@ async def fetch(
             if found != inspection.RAW and convert_to_raw:
                 await conversion.to_raw(part, staged, expected=found, reserve_bytes=reserve_bytes)
                 part.unlink()
-                described = await asyncio.to_thread(_install, staged, path, None)
+                described = await threads.to_end(partial(_install, staged, path, None))
                 found = inspection.RAW
             else:
                 # qemu-img knows formats that the inspection does not; without it, nothing is converted either
                 if part.stat().st_size and conversion.is_available():
                     await conversion.look(part, found)
-                described = await asyncio.to_thread(_install, part, path, writer.manifest)
+                described = await threads.to_end(partial(_install, part, path, writer.manifest))
         except OSError as exc:
             raise pieces.PieceStoreError(f"{path}: {exc.strerror}") from exc
         return Fetched(
@@ -149,12 +148,12 @@ async def fetch(
             discard(path)
         raise
     finally:
-        staged.unlink(missing_ok=True)
+        leftovers.remove(staged)
 
 
 def discard(path: Path) -> None:
     """What an interrupted fetch left for the next attempt is gone."""
-    _part_of(path).unlink(missing_ok=True)
+    leftovers.remove(_part_of(path))
 
 
 def _part_of(path: Path) -> Path:
@@ -211,26 +210,26 @@ async def _receive(
     left_bytes = 0
     if _goes_on(source, image):
         left_bytes = await asyncio.to_thread(_left_bytes, part, known, told, is_as_it_is)
-    writer = await asyncio.to_thread(writer_of, left_bytes)
+    writer = await threads.to_end(partial(writer_of, left_bytes), undo=Writer.close)
     try:
         if left_bytes and not await _goes_on_after(left_bytes, writer, source, told):
-            await asyncio.to_thread(writer.close)
-            writer = await asyncio.to_thread(writer_of, 0)
+            await threads.to_end(writer.close)
+            writer = await threads.to_end(partial(writer_of, 0), undo=Writer.close)
         if is_as_it_is:
-            progress.arriving = await asyncio.to_thread(writer.begin)
+            progress.arriving = await threads.to_end(writer.begin)
         progress.came(writer.left_bytes)
         async for chunk in source.chunks:
             # written and hashed off the loop: both release the interpreter lock
             for step in _steps(chunk):
-                progress.came(await _in_thread(partial(writer.take, step)))
-        await _in_thread(writer.finish)
+                progress.came(await threads.to_end(partial(writer.take, step)))
+        await threads.to_end(writer.finish)
     except SourceError as exc:
         if writer.left_bytes and exc.reason == "source.hash_mismatch":
             # of one attempt or the other: the next one begins from the start
             raise SourceError(exc.reason, exc.detail, is_transient=True) from exc
         raise
     finally:
-        await asyncio.to_thread(writer.close)
+        await threads.to_end(writer.close)
     return writer
 
 
@@ -255,9 +254,9 @@ async def _goes_on_after(left_bytes: int, writer: Writer, source: Source, told: 
     if not await source.skip(left_bytes):  # known before 50 GB are read for nothing
         return False
     try:
-        while (chunk := await _in_thread(writer.read_left)) is not None:
+        while (chunk := await threads.to_end(writer.read_left)) is not None:
             for step in _steps(chunk):
-                await _in_thread(partial(writer.take, step, is_there=True))
+                await threads.to_end(partial(writer.take, step, is_there=True))
         if writer.size_bytes == left_bytes and writer.begins_with(told):
             return True
     except (
@@ -267,17 +266,6 @@ async def _goes_on_after(left_bytes: int, writer: Writer, source: Source, told: 
         log.info("left_bytes_are_of_no_use", reason=str(exc))
     await source.skip(0)
     return False
-
-
-async def _in_thread(call: Callable[[], ResultT]) -> ResultT:
-    """What a call gives that uses the file; when cancelled, only after it is done with that."""
-    running = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        running.exception()  # nobody asks for it any more
-        raise
 
 
 def _steps(chunk: bytes | Hole) -> Sequence[bytes | Hole]:
@@ -292,9 +280,7 @@ def _require_room(part: Path, size_bytes: int, reserve_bytes: int) -> None:
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         volume = os.statvfs(part.parent)
-        there = (
-            part.stat().st_blocks * 512 if part.exists() else 0
-        )  # gone on with, or written over
+        there = part.stat().st_blocks * 512 if part.exists() else 0  # gone on with, or removed
     except OSError as exc:
         raise pieces.PieceStoreError(f"{part.parent}: {exc.strerror}") from exc
     free = volume.f_bavail * volume.f_frsize + there

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, Self
 from urllib.parse import quote
@@ -19,6 +20,7 @@ from urllib.parse import quote
 import aiohttp
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from hostler_precache import threads
 from hostler_precache.images import Image, SourceHash
 from hostler_precache.sources import sparse
 from hostler_precache.sources.access import Service
@@ -40,6 +42,8 @@ _MD5: Final = re.compile(r'"?([0-9a-f]{32})"?\Z')
 _NO_RANGE: Final = frozenset({"source.truncated", "source.range_ignored"})
 # the server is away or busy: it may yet go on with the same bytes
 _WAIT_FOR: Final = frozenset({"source.unreachable", "source.refused"})
+# no ranges here, or not for us; what is really forbidden is so without one, too. Glance says 400 for most stores
+_HAS_NO_RANGE: Final = frozenset({200, 400, 401, 403, 405, 406, 412, 416, 501})
 
 Ask = Callable[[Mapping[str, str]], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
@@ -143,7 +147,9 @@ class FileFetcher:
         """The content of the file; see `plugins.Fetcher`."""
         path = await asyncio.to_thread(self._resolve, image.location)  # a path may be on NFS
         try:
-            fd = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = await threads.to_end(
+                partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC), undo=os.close
+            )
         except OSError as exc:
             raise SourceError("source.unreadable", f"{path}: {exc.strerror}") from exc
         try:
@@ -158,8 +164,8 @@ class FileFetcher:
             async def chunks() -> AsyncIterator[bytes | Hole]:
                 nonlocal offset
                 try:
-                    while piece := await asyncio.to_thread(
-                        sparse.read, fd, offset, status.st_size
+                    while piece := await threads.to_end(
+                        partial(sparse.read, fd, offset, status.st_size)
                     ):
                         offset += piece.length_bytes if isinstance(piece, Hole) else len(piece)
                         yield piece
@@ -324,7 +330,7 @@ class _Download:
         validator = _validator(self._response.headers)
         if status in (200, 206) and self._validator is not None and validator != self._validator:
             raise _changed()
-        if status in (200, 400, 416, 501):  # no ranges here: Glance says 400 for most stores
+        if status in _HAS_NO_RANGE:
             raise _broke_off(done, self.size_bytes, broken)
         if status != 206:
             raise _refused(status)

@@ -1,5 +1,6 @@
 """A file in order, its holes told and not read: what is sparse stays cheap."""
 
+import errno
 import os
 from typing import Final
 
@@ -18,7 +19,10 @@ def read(fd: int, offset: int, stop: int) -> bytes | Hole | None:
         return None
     try:
         data = os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError:  # ENXIO: a hole to the end, unless the file was cut
+    except OSError as exc:
+        if exc.errno != errno.ENXIO:
+            raise
+        # a hole to the end, unless the file was cut
         if os.fstat(fd).st_size < stop:
             return None
         data = stop

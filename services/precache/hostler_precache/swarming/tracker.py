@@ -111,7 +111,7 @@ def announcements(
 class _Swarm:
     """One swarm in memory: the graph over its hosts, and under which limits it moves."""
 
-    def __init__(self, blob_id: BlobId) -> None:
+    def __init__(self, blob_id: BlobId, *, asked_at: float = 0.0) -> None:
         self._graph = graph.Graph(blob_id)
         self._urls: dict[str, str] = {}
         self._racks: dict[str, str | None] = {}
@@ -119,7 +119,7 @@ class _Swarm:
         self._moving: Counter[DistributionId] = Counter()
         self.record: SwarmRecord | None = None
         self.lock = asyncio.Lock()
-        self.asked_at = self.read_at = 0.0
+        self.asked_at, self.read_at = asked_at, 0.0
         # of this process: another replica counts its own
         self._name = secrets.token_hex(4)
         self._changes = 0
@@ -284,7 +284,8 @@ class Tracker:
         Returns:
             Whether it should; whoever is sent to it shows it a token.
         """
-        begun = self._swarms.get(blob_id)
+        # one that is known here, and has changed, is read once for all who report, and tells who is in it
+        begun = await self._known(blob_id) if blob_id in self._swarms else None
         is_member = begun is not None and begun.is_member(host)
         if not is_member and not await self._store.has_blob(host, UUID(blob_id)):
             return False
@@ -303,7 +304,10 @@ class Tracker:
 
     def forget(self, blob_id: BlobId) -> None:
         """Distributions of the blob have changed: it is read again when somebody asks."""
-        self._swarms.pop(blob_id, None)
+        known = self._swarms.get(blob_id)
+        if known is not None:
+            # another one: what is being read now may be of before
+            self._swarms[blob_id] = _Swarm(blob_id, asked_at=known.asked_at)
 
     async def refresh(self) -> None:
         """Swarms that somebody has asked about lately are current; the others are forgotten.
@@ -311,15 +315,17 @@ class Tracker:
         Of those in which nobody moves, which every host asks about now and then, a little less so.
         """
         now = time.monotonic()
-        for blob_id, known in list(self._swarms.items()):
+        for blob_id in list(self._swarms):
+            known = self._swarms.get(blob_id)  # while others were read it may have been forgotten
+            if known is None:
+                continue
             # an agent may name any blob: only those are kept that some distribution is of
             is_ours = known.record is None or bool(known.record.rules)
             is_wanted = is_ours and now - known.asked_at <= self._member_seconds
             if is_wanted and now - known.read_at > known.lasts_seconds:
                 async with known.lock:
                     await known.take(await self._read(blob_id))
-            # while they were read it may have been forgotten, and asked about again
-            if not is_wanted and self._swarms.get(blob_id) is known:
+            if not is_wanted:
                 del self._swarms[blob_id]
 
     async def _known(self, blob_id: BlobId) -> _Swarm:

@@ -359,8 +359,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._filled = 0
         if self._window is not None:
             self._window.fit()
-            if self._window.bytes is not None:  # the other half comes while we are about to read
-                self._awake_bytes = min(AWAKE_BYTES, self._window.bytes // 2)
+            if self._window.bytes is not None:  # the other third comes while we are about to read
+                self._awake_bytes = min(AWAKE_BYTES, self._window.bytes * 2 // 3)
         self._moved_at = self._loop.time()
         self._limit = limit
         self._watch()

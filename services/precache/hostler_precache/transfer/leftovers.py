@@ -5,10 +5,24 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
+from hostler_common import logs
 from hostler_precache.transfer.manifest import BlobId
+
+log = logs.get(__name__)
 
 # a blob's file, and what a fetch makes beside it on its way there
 _NAME: Final = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(\.part|\.raw)?")
+
+
+def remove(path: Path) -> None:
+    """The file is gone; on a disk that refuses, as one that became read-only, it stays, and that is logged.
+
+    It is never the worst of what goes wrong there, and `discard` has it the next time.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        log.warning("file_stays", path=str(path), reason=exc.strerror)
 
 
 def discard(directory: Path, keep: Collection[BlobId]) -> list[str]:

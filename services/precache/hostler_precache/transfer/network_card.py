@@ -28,10 +28,18 @@ def bytes_per_second(url: str, *, cards: Path = _CARDS) -> int | None:
         found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
         addresses = {ipaddress.IPv4Address(address[0]) for *_, address in found}
         for _, name in socket.if_nameindex():
-            if _address(name) in addresses:
+            if _address(name) in addresses and _is_real(cards / name):
                 mbit = int((cards / name / "speed").read_text())  # -1: unknown
                 return mbit * _BYTES_PER_MBIT if mbit > 0 else None
     return None
+
+
+def _is_real(card: Path) -> bool:
+    """Whether it is hardware, or made of hardware: what veth and tun say of their speed is made up."""
+    if (card / "device").exists():
+        return True
+    words = (card / "uevent").read_text().split()
+    return any(word in words for word in ("DEVTYPE=bond", "DEVTYPE=bridge", "DEVTYPE=vlan"))
 
 
 def _address(name: str) -> ipaddress.IPv4Address | None:

@@ -1,5 +1,6 @@
 """All SQL of replicas as keepers of images: which is there, and what one has that is gone."""
 
+from collections.abc import Collection
 from typing import Final
 from uuid import UUID
 
@@ -30,6 +31,24 @@ class ReplicaStore:
         async with db.connection(self._pool) as connection:
             rows = await connection.fetch(
                 "SELECT blob_id FROM blob WHERE seed = $1 AND state IN ('fetching', 'ready')", seed
+            )
+        return {BlobId(str(row["blob_id"])) for row in rows}
+
+    async def served_again(
+        self, seed: str, seed_url: str, blob_ids: Collection[BlobId]
+    ) -> set[BlobId]:
+        """Hosts get these complete blobs from this seed at this URL, if they are its own.
+
+        Returns:
+            Those of which others had said that it serves them no more, since it was silent.
+        """
+        async with db.transaction(self._pool) as connection:
+            rows = await connection.fetch(
+                "UPDATE blob SET seed_url = $2 WHERE seed = $1 AND seed_url IS NULL"
+                "   AND state = 'ready' AND blob_id = ANY ($3::uuid[]) RETURNING blob_id",
+                seed,
+                seed_url,
+                [UUID(one) for one in blob_ids],
             )
         return {BlobId(str(row["blob_id"])) for row in rows}
 

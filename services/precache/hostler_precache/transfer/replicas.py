@@ -55,7 +55,7 @@ class Replicas:
                 self._beats_since = time.monotonic()
             if time.monotonic() - self._beats_since > self._silent_seconds:
                 await self._give_up()
-            await self._withdraw()
+            await self._come_back()
         except errors.Unavailable:
             self._beats_since = None
             raise
@@ -69,14 +69,20 @@ class Replicas:
             self._tracker.forget(BlobId(str(blob_id)))
             log.warning("blob_of_a_gone_seed", blob_id=str(blob_id), is_fetched_again=again)
 
-    async def _withdraw(self) -> None:
-        """What others gave up while this seed was silent is served here no more."""
+    async def _come_back(self) -> None:
+        """What others gave up while this seed was silent is served here no more; hosts get the rest again."""
         served = self._seed.blob_ids
         if not served:
             return
         for blob_id in served - await self._replicas.blobs_of(self._seed.name):
             self._seed.withdraw(blob_id)
             log.warning("blob_was_given_up", blob_id=blob_id)
+        again = await self._replicas.served_again(
+            self._seed.name, self._seed.url, self._seed.blob_ids
+        )
+        for blob_id in again:
+            self._tracker.forget(blob_id)
+            log.info("blob_is_served_again", blob_id=blob_id)
 
     async def discard_leftovers(self) -> None:
         """Files of blobs that are not this seed's, or not any more, are gone; call it before fetching."""

@@ -8,7 +8,6 @@ its pieces count as sent, since they probably were: hosts get those that are now
 """
 
 import asyncio
-import contextlib
 import os
 import uuid
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 from hostler_common import logs
 from hostler_precache.distribution.distributions import BlobRecord
 from hostler_precache.swarming.swarm import SeedPolicy
-from hostler_precache.transfer import pieces
+from hostler_precache.transfer import leftovers, pieces
 from hostler_precache.transfer.blobs import Blob, BlobServer
 from hostler_precache.transfer.manifest import (
     BlobId,
@@ -155,8 +154,7 @@ class Seed:
         fd = self._descriptors.pop(blob_id, None)
         if fd is not None:
             os.close(fd)
-        with contextlib.suppress(FileNotFoundError):
-            self.path(blob_id).unlink()
+        leftovers.remove(self.path(blob_id))
 
 
 def _opened(path: Path, expected: Manifest | None) -> int:

@@ -4,7 +4,10 @@ Two replicas are two transactions here; no service runs, but where a request is 
 """
 
 import asyncio
+import errno
+import hashlib
 import json
+import os
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -320,29 +323,58 @@ class Breaking:
         yield Source(size_bytes=2, chunks=chunks(), skip=skip)
 
 
-async def test_what_an_interrupted_fetch_left_goes_when_another_replica_has_taken_it_over(
-    control: Any, database_url: str, tmp_path: Path
-) -> None:
-    hashed = Image(
-        image_id=ImageId(IMAGE), fetcher="http", location="http://images/1", size_bytes=2,
-        source_hash=SourceHash(algorithm="sha256", value="0" * 64),
-    )  # fmt: skip
-    async with db.transaction(control.pool) as connection:
-        await control.store.add_image(connection, hashed)
-    await control.distribute()
-    seed = Seed(name="mine", url="http://mine", directory=tmp_path, server=BlobServer(slots=1))
+class Whole:
+    """A fetcher of an image of two bytes."""
+
+    @asynccontextmanager
+    async def open(self, image: Image) -> AsyncIterator[Source]:
+        """All of it comes."""
+        del image
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"ok"
+
+        yield Source(size_bytes=2, chunks=chunks())
+
+
+def pipeline_of(
+    control: Any,
+    database_url: str,
+    directory: Path,
+    discard_leftovers: Any = None,
+    fetcher: type = Breaking,
+) -> Pipeline:
+    seed = Seed(name="mine", url="http://mine", directory=directory, server=BlobServer(slots=1))
     loaded = settings.load(
         Settings, amqp_url="amqp://x", database_url=database_url, auth_mode="none",
         reserve_bytes=0, lease_seconds=60, fetch_concurrency=1,
     )  # fmt: skip
-    pipeline = Pipeline(
+    return Pipeline(
         settings=loaded, store=control.store, distributions=control.distributions,
         swarms=control.swarms, tracking=Tracker(control.swarms, member_seconds=30),
         policies=control.policies, seed=seed, replicas=cast("Any", SimpleNamespace(
-            discard_leftovers=AsyncMock())),
-        plugins=cast("Any", SimpleNamespace(fetcher=lambda _: Breaking())),
+            discard_leftovers=discard_leftovers or AsyncMock())),
+        plugins=cast("Any", SimpleNamespace(fetcher=lambda _: fetcher())),
         metrics=Metrics(CollectorRegistry()),
     )  # fmt: skip
+
+
+async def wanted_image(control: Any, sha256: str = "0" * 64) -> None:
+    """An image with a hash, and a distribution that waits for it."""
+    hashed = Image(
+        image_id=ImageId(IMAGE), fetcher="http", location="http://images/1", size_bytes=2,
+        source_hash=SourceHash(algorithm="sha256", value=sha256), disk_format="raw",
+    )  # fmt: skip
+    async with db.transaction(control.pool) as connection:
+        await control.store.add_image(connection, hashed)
+    await control.distribute()
+
+
+async def test_what_an_interrupted_fetch_left_goes_when_another_replica_has_taken_it_over(
+    control: Any, database_url: str, tmp_path: Path
+) -> None:
+    await wanted_image(control)
+    pipeline = pipeline_of(control, database_url, tmp_path)
     fetching = asyncio.create_task(pipeline.fetch_forever())
 
     async def is_tried_again() -> str | None:
@@ -361,6 +393,113 @@ async def test_what_an_interrupted_fetch_left_goes_when_another_replica_has_take
         await connection.execute("UPDATE blob SET seed = 'another'")
     await pipeline.retire()
     assert not left.exists()
+
+
+async def test_what_a_killed_process_left_goes_when_another_replica_has_taken_it_over(
+    control: Any, database_url: str, tmp_path: Path
+) -> None:
+    await wanted_image(control)
+    task = await control.store.claim_fetch(
+        seed="mine", seed_url="http://mine", swarm_key=b"k", lease_seconds=60
+    )
+
+    async def is_taken_over() -> None:  # while files are kept or discarded, and read
+        async with db.transaction(control.pool) as connection:
+            await connection.execute(
+                "UPDATE blob SET seed = 'another', lease_until = now() + interval '1 hour'"
+            )
+
+    pipeline = pipeline_of(control, database_url, tmp_path, is_taken_over)
+    other = tmp_path / "somebody's own"
+    # one was cut off, the other killed before it said that it was done
+    for left in (tmp_path / task.blob_id, tmp_path / f"{task.blob_id}.part", other):
+        left.touch()
+    fetching = asyncio.create_task(pipeline.fetch_forever())
+
+    async def are_gone() -> bool:
+        await pipeline.retire()
+        return list(tmp_path.iterdir()) == [other]  # noqa: ASYNC240  a test's own directory
+
+    await testing.eventually(are_gone)
+    fetching.cancel()
+    await asyncio.wait([fetching])
+
+
+async def test_a_seeds_disk_that_became_read_only_fails_the_fetch_and_not_the_service(
+    control: Any, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await wanted_image(control)
+    pipeline = pipeline_of(control, database_url, tmp_path)
+
+    def read_only(*_: object) -> int:
+        monkeypatch.setattr(os, "unlink", read_only)
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "pwrite", read_only)
+    fetching = asyncio.create_task(pipeline.fetch_forever())
+
+    async def why() -> str | None:
+        async with db.connection(control.pool) as connection:
+            found: str | None = await connection.fetchval(
+                "SELECT reason FROM blob WHERE state = 'error'"
+            )
+        return found
+
+    reason = await testing.eventually(why)
+    assert reason is not None
+    assert reason.startswith("storage.failed")
+    assert "Read-only file system" in reason
+    await pipeline.retire()
+    assert not fetching.done()
+    fetching.cancel()
+    await asyncio.wait([fetching])
+
+
+async def test_an_image_that_is_ready_stays_so_though_the_answer_to_the_commit_was_lost(
+    control: Any, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await wanted_image(control, hashlib.sha256(b"ok").hexdigest())
+    pipeline = pipeline_of(control, database_url, tmp_path, fetcher=Whole)
+    begin, finish = db.transaction, control.store.fetch_finished
+    finished: list[object] = []
+
+    async def finishes(*args: Any, **fields: Any) -> object:
+        finished.append(await finish(*args, **fields))
+        return finished[-1]
+
+    @asynccontextmanager
+    async def loses_an_answer(pool: db.Pool, **fields: Any) -> AsyncIterator[db.Connection]:
+        before = len(finished)
+        async with begin(pool, **fields) as connection:
+            yield connection
+        if before == 0 and finished:
+            raise db.DatabaseUnavailable("the connection was lost")
+
+    monkeypatch.setattr(control.store, "fetch_finished", finishes)
+    monkeypatch.setattr(db, "transaction", loses_an_answer)
+    fetching = asyncio.create_task(pipeline.fetch_forever())
+
+    async def is_asked_again() -> bool:
+        return len(finished) == 2
+
+    await testing.eventually(is_asked_again)
+    monkeypatch.undo()
+
+    async def is_done() -> bool:
+        return not pipeline._fetching
+
+    await testing.eventually(is_done)
+    assert finished[1] is None
+    assert [path.suffix for path in tmp_path.iterdir()] == [""]  # noqa: ASYNC240  a test's own directory
+    async with db.connection(control.pool) as connection:
+        said = await connection.fetch("SELECT state FROM blob")
+        told = await connection.fetchval(
+            "SELECT count(*) FROM outbox WHERE routing_key = 'precache.image.fetched'"
+        )
+    assert [row["state"] for row in said] == ["ready"]
+    assert told == 1
+    fetching.cancel()
+    await asyncio.wait([fetching])
 
 
 async def test_a_distribution_that_is_cancelled_is_told_of_no_more(control: Any) -> None:

@@ -2,18 +2,24 @@
 
 import asyncio
 import uuid
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from hostler_common import db, errors
 from hostler_precache import protocol
+from hostler_precache.distribution import distributions_api
 from hostler_precache.distribution.distribution_store import DistributionStore
 from hostler_precache.distribution.distributions import Distribution, DistributionId
 from hostler_precache.distribution.efficiency import Efficiency
+from hostler_precache.distribution.rollout import Rollout, Targets
+from hostler_precache.distribution.rollout_jobs import Rollouts
 from hostler_precache.metrics import Metrics
+from hostler_precache.settings import Settings
 from hostler_precache.swarming.reports import Reports
+from hostler_precache.swarming.tracker import Tracker
 
 
 class Counted:
@@ -91,4 +97,37 @@ async def test_while_the_database_is_away_it_is_kept_and_a_gone_one_is_not(
     counted.efficiency.done([DistributionId(uuid.uuid4())])
     for _ in range(2):
         await counted.efficiency.turn()
+    assert counted.count == 1
+
+
+@pytest.mark.parametrize("ended", [{"h1": "cached"}, {"h1": "cached", "h2": "error"}])
+async def test_one_whose_last_canary_was_skipped_is_counted_at_once_or_when_it_is_resumed(
+    control: Any, ended: dict[str, str]
+) -> None:
+    counted, tracking = Counted(control), Tracker(control.swarms, member_seconds=30)
+    settings = cast("Settings", SimpleNamespace(
+        canary_silent_seconds=0.0, public_url=None, token_seconds=60, link_bytes_per_second=10,
+    ))  # fmt: skip
+    rollouts = Rollouts(
+        settings=settings, store=control.store, distributions=control.distributions,
+        swarms=control.swarms, tracking=tracking, on_done=counted.efficiency.done,
+    )  # fmt: skip
+    blob_id = await control.add_blob()
+    made = await control.distribute(
+        targets=Targets(hosts=[*ended, "ghost"]), rollout=Rollout(canary_percent=99)
+    )
+    for host, state in ended.items():
+        keys = {"distribution_id": str(made), "blob_id": blob_id, "state": state}
+        await counted.hear((host, control.report(host, keys)))
+    await rollouts.advance()  # who is silent is known by who has listened
+    await rollouts.advance()
+    if "error" in ended.values():
+        await counted.efficiency.turn()
+        assert counted.count == 0
+        await distributions_api.resume_distribution(
+            made, control.store, control.distributions, counted.efficiency, control.swarms,
+            tracking, settings,
+        )  # fmt: skip
+    assert (await control.distributions.distribution(made)).state == "done"
+    await counted.efficiency.turn()
     assert counted.count == 1

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hostler_common import db
+from hostler_precache.distribution.distributions import DistributionId
 from hostler_precache.distribution.history_jobs import History
 from hostler_precache.distribution.history_store import HistoryStore
 from hostler_precache.distribution.rollout import Targets
@@ -35,12 +36,15 @@ async def age(control: Any, *, days: int, table: str = "distribution") -> None:
         await connection.execute(f"UPDATE {table} SET {changes}", days)
 
 
-async def forget(control: Any, **bounds: int) -> None:
+async def forget(control: Any, **bounds: int) -> list[DistributionId]:
+    """What was done by it."""
+    done: list[DistributionId] = []
     history = HistoryStore(control.pool, **bounds)
     await History(
         history, store=control.store, distributions=control.distributions, swarms=control.swarms,
-        days=DAYS,
+        on_done=done.extend, days=DAYS,
     ).forget()  # fmt: skip
+    return done
 
 
 async def fail(control: Any, reason: str = "source.refused: 500") -> None:
@@ -271,7 +275,7 @@ async def test_a_host_that_is_gone_for_good_keeps_no_distribution_to_labels_from
     told = {"distribution_id": str(by_labels), "blob_id": blob_id, "state": "cached"}
     await control.say("h1", told)
     assert (await control.distributions.distribution(by_labels)).state == "distributing"
-    await forget(control)
+    assert await forget(control) == [by_labels]
     assert [one.host for one in await control.swarms.hosts(limit=10)] == ["h1"]
     assert await control.states(by_labels) == {"h1": "cached"}
     assert (await control.distributions.distribution(by_labels)).state == "done"

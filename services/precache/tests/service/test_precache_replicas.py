@@ -3,12 +3,18 @@
 import uuid
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest_asyncio
 
 from hostler_common import client, db, testing
 from hostler_precache import testing as precache_testing
+from hostler_precache.swarming.tracker import Tracker
+from hostler_precache.transfer.manifest import BlobId
+from hostler_precache.transfer.replica_store import ReplicaStore
+from hostler_precache.transfer.replicas import Replicas
+from hostler_precache.transfer.seed import Seed
 
 MIB = 1 << 20
 
@@ -132,3 +138,41 @@ async def test_a_seed_that_was_silent_serves_no_more_what_others_gave_up(
             return not (tmp_path / "seed" / blob_id).exists()
 
         await testing.eventually(withdrawn, seconds=30)
+
+
+async def test_a_seed_that_was_only_silent_is_told_of_again(control: Any) -> None:
+    blob_id = await control.add_blob()
+    made = await control.distribute()
+    keys = {"distribution_id": str(made), "blob_id": blob_id, "state": "cached"}
+    await control.say("h1", keys)
+    tracking = Tracker(control.swarms, member_seconds=30)
+    served = {blob_id, BlobId(str(uuid.uuid4()))}
+    seed = SimpleNamespace(
+        name="seed", url="http://seed", blob_ids=served, withdraw=served.discard
+    )
+
+    def replicas(one: SimpleNamespace) -> Replicas:
+        return Replicas(
+            seed=cast("Seed", one), store=control.store, replicas=ReplicaStore(control.pool),
+            tracking=tracking, silent_seconds=60,
+        )  # fmt: skip
+
+    async def seeds() -> list[str]:
+        return list((await tracking.swarm("h1", blob_id)).seeds)
+
+    await replicas(seed).turn()
+    assert (served, await seeds()) == ({blob_id}, ["http://seed"])
+    # another replica, that has not heard of it: a host has the blob
+    assert not await control.store.blob_lost(blob_id, reason="seed.gone", silent_seconds=60)
+    tracking.forget(blob_id)
+    assert await seeds() == []
+    other = SimpleNamespace(name="other", url="http://other", blob_ids={blob_id}, withdraw=print)
+    await replicas(other).turn()
+    assert await seeds() == []
+    # a file that was lost is not served
+    await replicas(
+        SimpleNamespace(**{**vars(seed), "blob_ids": {BlobId(str(uuid.uuid4()))}})
+    ).turn()
+    assert await seeds() == []
+    await replicas(seed).turn()
+    assert await seeds() == ["http://seed"]

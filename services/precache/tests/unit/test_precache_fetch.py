@@ -181,6 +181,19 @@ async def test_a_file_that_changes_while_it_is_read_is_not_taken(
     assert (caught.value.reason, caught.value.is_transient) == ("source.changed", True)
 
 
+async def test_a_file_that_cannot_be_read_is_not_taken_for_zeros(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "image").write_bytes(testing.image_of(MIB))
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "lseek", broken)
+    error = await refused(tmp_path / "image", target)
+    assert (error.reason, "Input/output error" in error.detail) == ("source.unreadable", True)
+
+
 # --- what the source says of its bytes
 
 
@@ -250,6 +263,19 @@ async def test_a_disk_that_fills_up_is_told_apart(
     with pytest.raises(pieces.NoSpaceError):
         await fetch(Given(b"image"), image_of(), target)
     assert list(target.parent.iterdir()) == []
+
+
+async def test_a_disk_that_became_read_only_is_what_is_told(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> int:
+        monkeypatch.setattr(os, "unlink", read_only)
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "pwrite", read_only)
+    with pytest.raises(pieces.PieceStoreError, match="Read-only"):
+        await fetch(Given(b"image"), image_of(), target)
+    assert [each.name for each in target.parent.iterdir()] == ["blob.part"]
 
 
 async def test_room_is_asked_for_before_the_first_byte(target: Path) -> None:

@@ -2,9 +2,11 @@
 # ruff: noqa: ASYNC240  the files are the test's own, and small
 
 import asyncio
+import errno
 import hashlib
 import os
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,8 +20,8 @@ from hypothesis import strategies as st
 
 from hostler_precache import images, testing
 from hostler_precache.images import Image, SourceHash, Verification
+from hostler_precache.sources import arrival, fetchers, plugins, sparse
 from hostler_precache.sources import fetch as fetching
-from hostler_precache.sources import fetchers, plugins, sparse
 from hostler_precache.sources.fetch import FetchProgress, fetch
 from hostler_precache.sources.source import Hole, Part, Source, SourceError
 from hostler_precache.transfer import manifest
@@ -281,6 +283,64 @@ async def test_a_fetch_that_is_cancelled_leaves_what_has_come_until_it_is_discar
     assert [each.name for each in target.parent.iterdir()] == [target.name]
 
 
+@pytest.mark.parametrize(("told", "can_skip"), [(0, True), (4, False)])
+async def test_what_is_still_sent_of_an_attempt_before_is_not_cut_by_one_that_begins_anew(
+    target: Path, told: int, can_skip: bool
+) -> None:
+    source = Breaking(breaks_at=4 * PIECE)
+    source.can_skip = can_skip
+    await interrupted(source, image_of(), target)
+    sending = os.open(target.with_name("blob.part"), os.O_RDONLY)
+    try:
+        source.breaks_at = PIECE
+        await interrupted(source, image_of(), target, told=digests(told))
+        assert source.began == [0, 0]
+        assert os.pread(sending, 4 * PIECE, 0) == DATA[: 4 * PIECE]
+    finally:
+        os.close(sending)
+
+
+async def test_what_is_left_and_cannot_be_read_is_not_taken_for_zeros(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Breaking(breaks_at=4 * PIECE)
+    await interrupted(source, image_of(), target)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "lseek", broken)
+    source.breaks_at = None
+    fetched = await fetch(source, image_of(), target, told=digests(4))
+    assert (source.began, fetched.left_bytes) == ([0, 0], 0)
+    assert target.read_bytes() == DATA
+
+
+async def test_a_fetch_that_is_cancelled_while_it_opens_its_file_leaves_it_not_open(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, goes_on = threading.Event(), threading.Event()
+    opened: list[arrival.Writer] = []
+
+    class Slow(arrival.Writer):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            opening.set()
+            assert goes_on.wait(10)
+            super().__init__(*arguments, **named)
+            opened.append(self)
+
+    monkeypatch.setattr(fetching, "Writer", Slow)
+    task = asyncio.create_task(fetch(Breaking(), image_of(), target))
+    await asyncio.to_thread(opening.wait)
+    task.cancel()
+    await asyncio.sleep(0)
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    (writer,) = opened
+    assert writer._fd == -1
+
+
 async def test_half_of_a_converted_disk_takes_no_room_from_the_next_attempt(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,8 +413,20 @@ def left(target: Path) -> None:
         ({"has_ranges": False}, ["all", f"bytes={3 * PIECE}-"], 0),  # all of it comes
         ({"status": 400}, ["all", f"bytes={3 * PIECE}-", "all"], 0),  # as Glance
         ({"status": 416}, ["all", f"bytes={3 * PIECE}-", "all"], 0),
+        ({"status": 403}, ["all", f"bytes={3 * PIECE}-", "all"], 0),
+        ({"status": 405}, ["all", f"bytes={3 * PIECE}-", "all"], 0),
+        ({"status": 406}, ["all", f"bytes={3 * PIECE}-", "all"], 0),
     ],
-    ids=["ranges", "ranges and a tag", "no ranges", "refuses them", "has none"],
+    ids=[
+        "ranges",
+        "ranges and a tag",
+        "no ranges",
+        "refuses them",
+        "has none",
+        "403",
+        "405",
+        "406",
+    ],
 )
 async def test_over_http_only_the_rest_is_asked_for_where_the_server_has_ranges(
     target: Path, how: dict[str, Any], asked: list[str], left_bytes: int

@@ -9,7 +9,7 @@ from hostler_precache.transfer import network_card
 
 def card(directory: Path, speed: str) -> Path:
     """The files of a loopback card whose driver says that."""
-    (directory / "lo").mkdir()
+    (directory / "lo" / "device").mkdir(parents=True)
     (directory / "lo" / "speed").write_text(speed)
     return directory
 
@@ -17,6 +17,15 @@ def card(directory: Path, speed: str) -> Path:
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8310", "https://localhost:8312"])
 def test_the_card_that_has_the_address_says_what_it_can_do(tmp_path: Path, url: str) -> None:
     assert network_card.bytes_per_second(url, cards=card(tmp_path, "25000\n")) == 3_125_000_000
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("bond", 125_000_000), ("wlan", None)])
+def test_a_card_without_hardware_is_believed_if_it_is_made_of_some(
+    tmp_path: Path, kind: str, expected: int | None
+) -> None:
+    (card(tmp_path, "1000\n") / "lo" / "device").rmdir()
+    (tmp_path / "lo" / "uevent").write_text(f"DEVTYPE={kind}\nINTERFACE=lo\nIFINDEX=1\n")
+    assert network_card.bytes_per_second("http://127.0.0.1", cards=tmp_path) == expected
 
 
 @pytest.mark.parametrize("speed", ["-1\n", "", "unknown"])

@@ -277,6 +277,32 @@ def test_without_a_kept_link_a_file_that_went_is_lost_and_can_be_fetched(make: M
     assert brought(shelf, wanted) is Outcome.PLACED
 
 
+def test_where_only_the_lock_went_no_image_is_lost(make: Make) -> None:
+    shelf, first, second = make(), image(1), image(2)
+    brought(shelf, first)
+    (shelf.directory / ".precache" / "agent.lock").unlink()
+    brought(shelf, second)
+
+    assert shelf.tend([first, second]).lost == ()
+    assert shelf.is_ours(first)
+    with pytest.raises(BusyError):
+        make().tend([])
+
+
+def test_an_image_that_is_another_after_its_place_was_put_back_is_lost(
+    make: Make, tmp_path: Path
+) -> None:
+    shelf, wanted = make(), image()
+    brought(shelf, wanted)
+    before = shelf.directory.rename(tmp_path / "before")
+    brought(shelf, wanted, DATA[:-1])
+    shelf.tend([wanted])
+    shutil.rmtree(shelf.directory)
+    before.rename(shelf.directory)
+
+    assert shelf.tend([wanted]).lost == (wanted,)
+
+
 @pytest.mark.parametrize("wiped", ["all of it", "the directory, too", "what is ours in it"])
 def test_a_place_that_is_wiped_is_begun_anew_and_what_was_there_is_lost(
     make: Make, instances: Path, wiped: str
@@ -295,7 +321,10 @@ def test_a_place_that_is_wiped_is_begun_anew_and_what_was_there_is_lost(
     is_there = shelf.target(first).exists()
 
     assert found(shelf, first) is is_there  # it may be asked for before its loss is noticed
-    assert set(shelf.tend([first, second]).lost) == {first, second}
+    # what was found meanwhile is not lost
+    assert set(shelf.tend([first, second]).lost) == {first, second} - (
+        {first} if is_there else set()
+    )
     assert shelf.tend([first, second]).lost == ()
     assert brought(shelf, second) is (Outcome.EXISTING if is_there else Outcome.PLACED)
     assert shelf.tend([first, second]).lost == ()

@@ -195,6 +195,29 @@ async def test_nobody_is_sent_to_a_host_that_should_not_have_the_blob() -> None:
     assert (list(tracker._swarms), records.reads) == ([ONE], 1)
 
 
+async def test_when_a_swarm_has_changed_one_read_answers_all_who_report() -> None:
+    records = Records()
+    records.hosts, records.late = [f"h{number}" for number in range(50)], ["late"]
+    tracker = tracker_of(records)
+    said = protocol.HostReport(url="http://it", session_id=str(uuid.uuid4()))
+    first = await tracker.swarm("h1", ONE)
+    tracker.forget(ONE)
+    heard = await asyncio.gather(*(tracker.heard(host, said, ONE) for host in records.hosts))
+    assert (all(heard), records.reads, records.asked) == (True, 2, [])
+    assert (await tracker.swarm("h1", ONE)).version != first.version
+    # what is read while it changes is of before, and is read again
+    tracker.forget(ONE)
+    changes = iter([ONE])
+
+    def meanwhile() -> None:
+        for blob_id in changes:
+            tracker.forget(blob_id)
+
+    records.meanwhile = meanwhile
+    assert await tracker.heard("late", said, ONE)
+    assert (records.reads, records.asked) == (4, ["late"])
+
+
 async def test_a_host_that_fell_silent_is_nobodys_neighbour_until_it_speaks() -> None:
     records = Records()
     records.hosts, records.silent = ["h1", "h2"], ["h3"]

@@ -45,11 +45,12 @@ def unread_bytes(reader: socket.socket, sender: socket.socket) -> int:
             0.0001,
             int(100 * MBIT * windows.QUEUE_SECONDS),
         ),  # a near peer: a short queue
+        (100 * MBIT, 0.020, int(100 * MBIT * windows.QUEUE_SECONDS)),  # or a busy one
         (100 * MBIT, 0.040, int(100 * MBIT * 0.040)),  # a far one: what fits on the way
         (1 * MBIT, 0.0, windows.LEAST_BYTES),
     ],
 )
-def test_a_window_is_what_the_link_carries_on_the_way_or_in_a_short_queue(
+def test_a_window_is_what_the_link_carries_in_a_short_queue_or_on_a_long_way(
     link: int, round_trip_seconds: float, expected: int
 ) -> None:
     assert windows.window_bytes(link, round_trip_seconds) == expected
@@ -59,7 +60,7 @@ def test_a_peer_cannot_have_more_under_way_than_the_window_and_its_overhead(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = pair
-    assert windows.Window(near, 50 * MBIT).bytes == windows.LEAST_BYTES
+    assert windows.Window(near, 10 * MBIT).bytes == windows.LEAST_BYTES
     assert unread_bytes(near, far) <= 3 * windows.LEAST_BYTES
 
 
@@ -77,14 +78,14 @@ def test_a_window_shrinks_when_the_peer_shows_that_it_is_near_and_never_grows(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, _ = pair
-    trips = iter([0.030, 0.010, 0.020, 0.0001])
+    trips = iter([0.060, 0.030, 0.040, 0.0001])
     monkeypatch.setattr(windows, "_round_trip_seconds", lambda _: next(trips))
     window = windows.Window(near, 100 * MBIT)
     seen = [window.bytes]
     for _ in range(3):
         window.fit()
         seen.append(window.bytes)
-    expected = [int(100 * MBIT * seconds) for seconds in (0.030, 0.010, 0.010)]
+    expected = [int(100 * MBIT * seconds) for seconds in (0.060, 0.030, 0.030)]
     assert seen == [*expected, int(100 * MBIT * windows.QUEUE_SECONDS)]
 
 
@@ -96,4 +97,16 @@ def test_the_round_trip_of_a_connection_is_known(
     far.recv(1)
     far.sendall(b"x")
     near.recv(1)
-    assert 0.0 < windows._round_trip_seconds(near) < 5.0
+    found = windows._round_trip_seconds(near)
+    assert found is not None
+    assert 0.0 < found < 5.0
+
+
+def test_a_peer_of_whom_it_is_not_known_how_far_it_is_keeps_the_kernels_own_window(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, _ = pair
+    before = near.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    monkeypatch.setattr(windows, "_round_trip_seconds", lambda _: None)
+    assert windows.Window(near, 50 * MBIT).bytes is None
+    assert near.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before

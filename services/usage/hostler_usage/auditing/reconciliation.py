@@ -32,7 +32,7 @@ from hostler_usage.auditing.audits import (
     row_order,
 )
 from hostler_usage.history.intervals import Interval, Provenance, lives
-from hostler_usage.history.observe import is_unborn
+from hostler_usage.history.observe import is_born_now, is_unborn
 from hostler_usage.reading import citation
 from hostler_usage.reading.mapping import Edge, Life, Resource
 from hostler_usage.reading.statement import Evidence, Scalar, Statement
@@ -57,6 +57,8 @@ def reconcile_said(
         if (audit := audit_statement(statement, evidence, resource.audit)) is not None:
             if is_unborn(statement, resource, evidence):
                 audit = replace(audit, born_at=None, is_unborn=True)
+            elif resource.life is Life.PLAIN and is_born_now(statement, resource, evidence):
+                audit = replace(audit, born_at=None)
             audits.append(audit)
             continue
         events[evidence] = statement
@@ -228,7 +230,9 @@ class _Comparison:
         start, end = statement.period
         if ended_at is not None and start - ended_at > SAME_MOMENT:
             return [(Code.AFTER_END, None, _spelled(ended_at), _spelled(start))]
-        if birth - end > SAME_MOMENT:
+        # where a life has no segments, what names no birth may be the first word of it
+        names_birth = self.is_segmented or statement.born_at is not None
+        if birth - (end if names_birth else max(end, statement.said_at)) > SAME_MOMENT:
             return [(Code.BEFORE_BIRTH, None, _spelled(birth), _spelled(end))]
         found = [*self._of_launch(statement, birth), *self._of_end(statement, ended_at)]
         held = self.held(statement.said_at)

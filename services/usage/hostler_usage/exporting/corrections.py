@@ -24,7 +24,8 @@ from hostler_usage.money.price_book import STATE_CLASS
 from hostler_usage.periods import period
 from hostler_usage.periods.period import Terms
 
-# a window that is over has all its corrections: they are told apart by when they were written
+# a window that is over has all its corrections: they are told apart by when they were written, and
+# the snapshot waits for who is just writing
 _WRITTEN: Final = (
     "a.written_at >= $1 AND a.written_at < $2 AND ($3::text[] IS NULL OR a.project_id = ANY($3))"
     " AND ($4::text IS NULL OR a.region = $4) AND ($5::text IS NULL OR a.resource_type = $5)"

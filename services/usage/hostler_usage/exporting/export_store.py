@@ -16,6 +16,7 @@ from hostler_usage.exporting.export import CitedMessage, IntervalLine, UsageLine
 from hostler_usage.history.measures import Window, hours
 from hostler_usage.history.paging import visible_projects
 from hostler_usage.history.report_store import ROWS_A_BATCH, ReportStore, UsageFilter
+from hostler_usage.periods.period_store import all_written
 from hostler_usage.reading.mapping import Measure
 
 _INTERVALS: Final = (
@@ -42,14 +43,17 @@ class ExportStore:
         return self.reports.mapping.measures
 
     @asynccontextmanager
-    async def snapshot(self) -> AsyncIterator["Snapshot"]:
+    async def snapshot(self, *, has_corrections: bool = False) -> AsyncIterator["Snapshot"]:
         """The ledger as of now, for as long as this is open; it holds a connection of the pool.
 
         A reader that asks for nothing for a minute loses it (`idle_in_transaction_session_timeout`).
+        Where it `has_corrections`, it has all that were written before: who is just writing is waited for.
 
         Raises:
-            DatabaseUnavailable: the database is away, or went away meanwhile.
+            DatabaseUnavailable: the database is away, or went away meanwhile, or is busy writing corrections.
         """
+        if has_corrections:
+            await all_written(self.reports.pool)
         async with (
             db.connection(self.reports.pool) as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),

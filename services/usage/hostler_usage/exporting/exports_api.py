@@ -182,7 +182,7 @@ async def export_focus(
             yield [focus.row(charge, issuer, priced=is_priced) for charge in charges]
 
     encoder = _encoder(file_format, focus.columns(priced=is_priced), guard=False)
-    return await _file(exports, rows, encoder, f"focus.{file_format}")
+    return await _file(exports, rows, encoder, f"focus.{file_format}", has_corrections=corrections)
 
 
 def _filter(
@@ -218,10 +218,15 @@ Rows = Callable[[Snapshot], AsyncGenerator[Sequence[export.Row]]]
 
 
 async def _file(
-    exports: Exports, rows: Rows, encoder: export.Encoder, name: str
+    exports: Exports,
+    rows: Rows,
+    encoder: export.Encoder,
+    name: str,
+    *,
+    has_corrections: bool = False,
 ) -> StreamingResponse:
     """The answer that is the file. What fails before the first rows are read is raised here."""
-    pieces = _pieces(exports, rows, encoder)
+    pieces = _pieces(exports, rows, encoder, has_corrections=has_corrections)
     first = await anext(pieces)
     return _Download(
         first,
@@ -231,12 +236,14 @@ async def _file(
     )
 
 
-async def _pieces(exports: Exports, rows: Rows, encoder: export.Encoder) -> AsyncGenerator[bytes]:
+async def _pieces(
+    exports: Exports, rows: Rows, encoder: export.Encoder, *, has_corrections: bool
+) -> AsyncGenerator[bytes]:
     if exports.slots.locked():
         raise ExportsBusy(f"{MOST_AT_ONCE} exports are being written: try again when one is done")
     async with (
         exports.slots,
-        exports.store.snapshot() as snapshot,
+        exports.store.snapshot(has_corrections=has_corrections) as snapshot,
         aclosing(rows(snapshot)) as batches,
     ):
         async for batch in batches:

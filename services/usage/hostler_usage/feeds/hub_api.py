@@ -132,6 +132,7 @@ async def hub_request(
         lease_seconds=terms.lease.seconds(asked.lease_seconds, _token_lasts(caller)),
         caller=caller.name,
         scope=caller.projects,
+        token_ends_at=caller.expires_at,
     )
     return Response(status_code=202)
 

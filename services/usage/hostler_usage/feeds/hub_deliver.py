@@ -126,6 +126,10 @@ class FeedJobs:
         if asked.mode == "denied":
             await self._deny(asked)
             return
+        if asked.mode == Mode.SUBSCRIBE and asked.lease_seconds < 1:
+            await self.hub.dropped(asked)
+            self._note("lapsed", asked, reason="the token that asked has ended")
+            return
         challenge = secrets.token_urlsafe(32)
         url = websub.verification_url(
             asked.callback,

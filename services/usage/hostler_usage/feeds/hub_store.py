@@ -35,13 +35,17 @@ class TooManySubscriptions(errors.TooMany):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A claimed request: to verify that a subscriber wants it, or to tell it that it is denied."""
+    """A claimed request: to verify that a subscriber wants it, or to tell it that it is denied.
+
+    `lease_seconds` is no more than is left of the token: nothing or less where that has ended.
+    """
 
     id: int
     mode: str
     topic: str
     callback: str
     lease_seconds: int
+    token_ends_at: datetime | None
     secret: str | None
     reason: str
     caller: str
@@ -74,9 +78,15 @@ class HubStore:
     # --- requests
 
     async def ask(
-        self, request: Request, *, lease_seconds: int, caller: str, scope: Scope
+        self,
+        request: Request,
+        *,
+        lease_seconds: int,
+        caller: str,
+        scope: Scope,
+        token_ends_at: datetime | None = None,
     ) -> None:
-        """The request waits to be verified.
+        """The request waits to be verified; where the caller's token ends by itself, no longer than to that.
 
         Raises:
             TooManySubscriptions: the caller has `most` already.
@@ -95,7 +105,7 @@ class HubStore:
                 raise TooManySubscriptions(f"{caller} has {has} subscriptions and requests")
             await connection.execute(
                 "INSERT INTO hub_request (mode, topic, callback, lease_seconds, secret, caller,"
-                " projects) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+                " projects, token_ends_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
                 str(request.mode),
                 request.topic,
                 request.callback,
@@ -103,6 +113,7 @@ class HubStore:
                 request.secret,
                 caller,
                 visible_projects(scope),
+                token_ends_at,
             )
 
     async def claim_request(self) -> Asked | None:
@@ -118,8 +129,9 @@ class HubStore:
                 "  WHERE next_at <= now() AND NOT EXISTS (SELECT FROM hub_request AS earlier"
                 "   WHERE earlier.callback = r.callback AND earlier.topic = r.topic"
                 "   AND earlier.id < r.id) ORDER BY next_at LIMIT 1 FOR UPDATE SKIP LOCKED)"
-                " RETURNING id, mode, topic, callback, lease_seconds, secret, reason, caller,"
-                " projects, attempts",
+                " RETURNING id, mode, topic, callback, least(lease_seconds,"
+                "  floor(extract(epoch FROM token_ends_at - now())))::integer AS lease_seconds,"
+                " token_ends_at, secret, reason, caller, projects, attempts",
                 CLAIM_SECONDS,
             )
         return None if row is None else Asked(**_with_scope(row))
@@ -127,7 +139,8 @@ class HubStore:
     async def verified(self, asked: Asked) -> None:
         """What was asked for holds: the subscription is there and new, renewed, or gone.
 
-        A renewed one goes on where it was; a new one begins with what is settled from now on.
+        A renewed one goes on where it was; a new one begins with what is settled from now on. It ends
+        with the token that asked for it; where that has ended meanwhile, nothing is changed.
 
         Raises:
             DatabaseUnavailable: the request is verified anew.
@@ -145,7 +158,8 @@ class HubStore:
             await connection.execute(
                 "INSERT INTO hub_subscription AS s (topic, callback, secret, caller, projects,"
                 " expires_at, after_seq) SELECT $1, $2, $3, $4, $5,"
-                " now() + make_interval(secs => $6), settled_seq FROM feed_clock"
+                " least(now() + make_interval(secs => $6), $7), settled_seq FROM feed_clock"
+                " WHERE coalesce($7::timestamptz > now(), true)"
                 " ON CONFLICT (callback, topic) DO UPDATE SET secret = excluded.secret,"
                 " caller = excluded.caller, projects = excluded.projects, verified_at = now(),"
                 " expires_at = excluded.expires_at, failures = 0,"
@@ -159,6 +173,7 @@ class HubStore:
                 asked.caller,
                 visible_projects(asked.scope),
                 asked.lease_seconds,
+                asked.token_ends_at,
             )
 
     async def dropped(self, asked: Asked) -> None:

@@ -96,10 +96,17 @@ class DaySums:
             rows = await anext(batches, None)
             while rows is not None:
                 # the database goes on meanwhile, and others are served
-                read, rows = await asyncio.gather(
-                    asyncio.to_thread(self._read, rows), anext(batches, None)
+                read, following = await asyncio.gather(
+                    asyncio.to_thread(self._read, rows),
+                    anext(batches, None),
+                    return_exceptions=True,  # both are over, or closing would meet what still runs
                 )
+                if isinstance(read, BaseException):
+                    raise read
+                if isinstance(following, BaseException):
+                    raise following
                 found += read
+                rows = following
         return found[:limit], len(found) > limit
 
     async def all(self, connection: db.Connection) -> AsyncGenerator[list[Summed]]:

@@ -19,7 +19,6 @@ Four rules make it so:
    that speaks of it.
 """
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -31,7 +30,7 @@ from typing import Protocol, TypeVar
 from hostler_usage.history.observation import Kind, Observation, Rank
 from hostler_usage.reading import citation
 from hostler_usage.reading.statement import Evidence, Scalar
-from hostler_usage.reading.times import SAME_MOMENT
+from hostler_usage.reading.times import MICROSECOND, SAME_MOMENT
 
 # audits read all their rows first and send for minutes: what an event has said since outranks them
 AUDIT_IS_STALE = timedelta(minutes=30)
@@ -120,32 +119,70 @@ def _parted(seen: Iterable[Observation]) -> list[list[Observation]]:
 
     The next one is opened by a launch, or by what shows it so much later that it cannot be stale.
     """
-    others: list[Observation] = []
-    ends: list[Observation] = []
-    for item in seen:
-        is_told = item.kind is Kind.END and item.rank is Rank.DELETE
-        (ends if is_told else others).append(item)
-    ends = _settled(ends)
-    moments = [item.t_eff for item in ends]
-    # told again within a second, it is the same end
-    cuts = moments[:1] + [at for before, at in pairwise(moments) if at - before > SAME_MOMENT]
-    parts: list[list[Observation]] = [[] for _ in range(len(cuts) + 1)]
-    for item in ends:
-        number = bisect_right(cuts, item.t_eff) - 1
-        parts[number].append(replace(item, t_eff=cuts[number], is_rounded=False))
-    for item in others:
-        number = bisect_left(cuts, item.t_eff)
-        is_late = number == 0 or item.t_eff - cuts[number - 1] > AUDIT_IS_STALE
-        is_opening = item.opens and (is_late or item.rank is Rank.CREATE)
-        parts[number].append(item if item.opens == is_opening else replace(item, opens=False))
+    told = [item for item in seen if _is_told_end(item)]
+    others = [item for item in seen if not _is_told_end(item)]
+    parts: list[list[Observation]] = [[]]
+    cut: datetime | None = None
+    for item in sorted([*others, *_settled(told)], key=lambda one: (one.t_eff, _is_told_end(one))):
+        at = item.t_eff
+        if not _is_told_end(item):
+            is_late = cut is None or at - cut >= AUDIT_IS_STALE
+            is_opening = item.opens and (is_late or item.rank is Rank.CREATE)
+            parts[-1].append(item if item.opens == is_opening else replace(item, opens=False))
+        elif cut is not None and _is_told_again(at, cut, parts[-1]):
+            parts[-2].append(replace(item, t_eff=cut, is_rounded=False))
+        else:
+            cut = at
+            launched = _launched_early(parts[-1], at)
+            parts[-1] = [one for one in parts[-1] if one not in launched]
+            parts[-1].append(replace(item, is_rounded=False))
+            after = at + MICROSECOND
+            parts.append([replace(one, t_eff=after, is_rounded=False) for one in launched])
     found = parts[:1]
     for part in parts[1:]:
         birth = min((item.t_eff for item in part if item.opens), default=None)
-        is_of_it = [birth is not None and item.t_eff >= birth - SAME_MOMENT for item in part]
+        is_of_it = [birth is not None and _is_since(birth, item) for item in part]
         found[-1] += compress(part, map(not_, is_of_it))  # it came too late for the life before
         if birth is not None:
             found.append(list(compress(part, is_of_it)))
     return found
+
+
+def _is_told_end(item: Observation) -> bool:
+    return item.kind is Kind.END and item.rank is Rank.DELETE
+
+
+def _is_launch(item: Observation) -> bool:
+    return item.opens and item.rank is Rank.CREATE
+
+
+def _is_told_again(at: datetime, cut: datetime, since: Iterable[Observation]) -> bool:
+    """Whether an end is the one before, told again: within a second, and nothing launched since."""
+    return at == cut or (at - cut <= SAME_MOMENT and not any(map(_is_launch, since)))
+
+
+def _launched_early(part: Iterable[Observation], end: datetime) -> list[Observation]:
+    """Launches that, by another host's clock, come just before the end of the life before theirs.
+
+    Where that one had not begun before, they are its own; or its own launch, told twice.
+    """
+    first = min((item.t_eff for item in part if item.opens), default=end)
+    return [
+        item
+        for item in part
+        if _is_launch(item)
+        and end - item.t_eff <= SAME_MOMENT
+        and item.t_eff - first > SAME_MOMENT
+    ]
+
+
+def _is_since(birth: datetime, item: Observation) -> bool:
+    """Whether it speaks of what was born then.
+
+    A clock may be behind, and a moment cut; but what is said in passing just before is of something else.
+    """
+    is_exact = item.rank is Rank.EVIDENCE and not item.is_rounded
+    return item.t_eff >= (birth if is_exact else birth - SAME_MOMENT)
 
 
 def _life(seen: Collection[Observation]) -> History:

@@ -9,8 +9,10 @@ database some time before the new moment follows (`Resource.between_segments`). 
 have no such field: they hold from the time of the event that shows them.
 
 In a *plain* life (volumes, images, addresses) a body is a full snapshot at the time of its event,
-and says of the birth only that it happened. Of a volume that is not there yet, or never came to be,
-Cinder says that it was launched now (`Resource.now_is_unborn`): that is no birth.
+and says of the birth only that it happened. Of a volume whose launch it never wrote down, Cinder
+says that it was launched now. That is no birth in the states of what is not there yet or never came
+to be (`Resource.now_is_unborn`); in another one (an operator has reset it) the volume serves, and
+lives since the first word of it at the latest.
 `cinder-volume-usage-audit --send_actions` sends the create and delete events of its period again:
 new message ids, the audit run's timestamp, today's size. They are told by an audit period of no
 length (cinder/cmd/volume_usage_audit.py), whose moment is the true one, and count as evidence only.
@@ -45,12 +47,21 @@ def is_unborn(statement: Statement, resource: Resource, evidence: Evidence) -> b
     """Whether a body in passing shows something, of a plain life, that has not come to life."""
     if resource.life is Life.SEGMENTS or statement.edge in (Edge.LAUNCH, Edge.RELAUNCH):
         return False
-    return _state(statement) in resource.unborn or _is_born_now(statement, resource, evidence)
+    return _is_not_there(statement, resource, evidence)
 
 
-def _is_born_now(statement: Statement, resource: Resource, evidence: Evidence) -> bool:
+def _is_not_there(statement: Statement, resource: Resource, evidence: Evidence) -> bool:
+    state = _state(statement)
+    if state in resource.unborn:
+        return True
+    is_doubtful = state is None or state in resource.now_is_unborn
+    return is_doubtful and is_born_now(statement, resource, evidence)
+
+
+def is_born_now(statement: Statement, resource: Resource, evidence: Evidence) -> bool:
+    """Whether the birth that a body names is no more than the moment it was sent."""
     return (
-        resource.now_is_unborn
+        bool(resource.now_is_unborn)
         and statement.born_at is not None
         and evidence.event_time - statement.born_at <= SAME_MOMENT
     )
@@ -179,10 +190,9 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
         )
         return
     state = _state(statement)
-    if state in resource.unborn:
-        return
-    is_born_now = _is_born_now(statement, resource, evidence)
-    if born_at is not None and not is_born_now:
+    is_now = is_born_now(statement, resource, evidence)
+    is_there = not _is_not_there(statement, resource, evidence)
+    if born_at is not None and not is_now and is_there:
         yield Observation(
             kind=Kind.STATE,
             t_eff=born_at,
@@ -201,14 +211,18 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
             is_rounded=ended_at is not None,
             evidence=evidence,
         )
-        if is_born_now:
-            return  # it never was
+        if is_now:
+            return  # it may be that it never was
+    if state in resource.unborn:
+        return
     yield Observation(
         kind=Kind.STATE,
         t_eff=evidence.event_time,
         rank=Rank.ACTION if edge is Edge.CHANGE else Rank.EVIDENCE,
         # of what has no field for its birth, this may be the first word that it is there at all
-        opens=born_at is None and not is_gone and edge in (Edge.AUDIT, Edge.CHANGE),
+        opens=(born_at is None or (is_now and is_there))
+        and not is_gone
+        and edge in (Edge.AUDIT, Edge.CHANGE),
         attributes=tuple(
             pair
             for pair in statement.attributes

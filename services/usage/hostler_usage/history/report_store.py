@@ -197,7 +197,11 @@ class ReportStore:
             DatabaseUnavailable: the database is away.
         """
         edges = (window.start, window.upper)
-        async with db.connection(self.pool) as connection:
+        # which days are summed up, and the statements of a page: all of them as of one moment
+        async with (
+            db.connection(self.pool) as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
             try:
                 if not set(_BUCKETS).isdisjoint(groups):
                     # whether the name is good must not depend on what there is to cut

@@ -13,7 +13,7 @@ from hostler_usage.money import budget as budgets
 from hostler_usage.money import costing
 from hostler_usage.money.budget import Budget
 from hostler_usage.money.budget_messages import crossing_message
-from hostler_usage.money.budget_standing import Reckoned, reckoned
+from hostler_usage.money.budget_standing import Reckoned, crossings, reckoned
 from hostler_usage.money.costing import Costing, Wanted
 from hostler_usage.money.price_store import Crossing
 
@@ -57,24 +57,22 @@ class BudgetJobs:
                 for item in _current(budgets.budget(row.name, row.document), row.updated_at, now)
             ]
             changed_at = {row.name: row.updated_at for row in rows}
-            told = {
-                (one.budget, one.period_start, one.threshold): one
-                for one in await self.costing.prices.crossings([row.name for row in rows])
-            }
+            told = await crossings(self.costing, wanted)
             for one in await reckoned(self.costing, wanted):
                 if one.state is None:
                     self._note_unknown(one)
                     continue
                 name, start = one.wanted.budget.name, one.wanted.period.start
                 self._unknown.discard((name, start))
+                known = told[name, start]
+                thresholds = {crossing.threshold for crossing in known}
                 for percent in one.state.crossed:
-                    if (name, start, percent) not in told:
+                    if percent not in thresholds:
                         await self._tell(one.wanted, one.state, percent, now)
-                for key, crossing in told.items():
+                for crossing in known:
                     # of the budget as it was before: it may be reached once more, and is news then
                     if (
-                        key[:2] == (name, start)
-                        and crossing.threshold not in one.state.crossed
+                        crossing.threshold not in one.state.crossed
                         and crossing.crossed_at < changed_at[name]
                     ):
                         await self.costing.prices.forget_crossing(crossing)

@@ -13,6 +13,8 @@ from hostler_usage.money.price_store import Crossing
 class BudgetThresholdCrossed(BaseModel):
     """That a budget's use reached a threshold in a period; sent once for each of them.
 
+    Once more where the budget was changed, had not reached it then, and reaches it anew.
+
     Amounts are decimals in `unit`: a currency, or a measure, in unit-hours of what is held.
     """
 

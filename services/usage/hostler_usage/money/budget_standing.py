@@ -1,16 +1,18 @@
 """Where budgets stand: how far each is used up, what it has reached, or why that is not known.
 
 A budget that cannot be reckoned - its measure is metered no longer, its book cuts its period into
-more pieces than are asked for at once - says so itself, and stands in no other's way.
+more pieces than are asked for at once or goes by what usage does not tell any more - says so itself,
+and stands in no other's way.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
 from typing import Final
 
+from hostler_usage.history.report_store import GroupUnknown
 from hostler_usage.money import budget as budgets
 from hostler_usage.money import costing
 from hostler_usage.money.budget import Budget, Period, State
@@ -80,16 +82,39 @@ async def reckoned(store: Costing, wanted: Sequence[Wanted]) -> list[Reckoned]:
         try:
             found = await store.states(items)
             states |= {id(item): state for item, state in zip(items, found, strict=True)}
-        except WindowRefused:
+        except (WindowRefused, GroupUnknown):
             for item in items:
                 try:
                     (states[id(item)],) = await store.states([item])
                 except WindowRefused as exc:
                     problems[id(item)] = f"{exc.detail}; {_MENDED}"
+                except GroupUnknown as exc:
+                    problems[id(item)] = unknown_group(item.budget, exc)
     return [
         Reckoned(wanted=item, state=states.get(id(item)), problem=problems.get(id(item)))
         for item in wanted
     ]
+
+
+def unknown_group(of: Budget, error: GroupUnknown) -> str:
+    """Why a budget is not known whose price book goes by what usage is told apart by no longer."""
+    return f"price book {of.limit.price_book}: {error.detail}"
+
+
+async def crossings(
+    store: Costing, wanted: Sequence[Wanted]
+) -> Mapping[tuple[str, datetime], Sequence[Crossing]]:
+    """What each of the budgets has reached, by its name and its period's start; empty where that is nothing.
+
+    Raises:
+        DatabaseUnavailable: the database is away.
+    """
+    found: dict[tuple[str, datetime], list[Crossing]] = {
+        (item.budget.name, item.period.start): [] for item in wanted
+    }
+    for one in await store.prices.crossings(found):
+        found[one.budget, one.period_start].append(one)
+    return found
 
 
 async def standings(store: Costing, rows: Sequence[StoredBudget], now: datetime) -> list[Standing]:
@@ -99,7 +124,6 @@ async def standings(store: Costing, rows: Sequence[StoredBudget], now: datetime)
         PriceBookNotFound: the book that a budget counts by is gone.
         DatabaseUnavailable: the database is away.
     """
-    reached = await store.prices.crossings([row.name for row in rows])
     found = {row.name: budgets.budget(row.name, row.document) for row in rows}
     wanted: list[Wanted] = []
     for of in found.values():
@@ -108,6 +132,7 @@ async def standings(store: Costing, rows: Sequence[StoredBudget], now: datetime)
         if period.start <= now:
             wanted.append(Wanted(budget=of, period=period, as_of=min(now, period.end)))
     by_name = {item.wanted.budget.name: item for item in await reckoned(store, wanted)}
+    reached = await crossings(store, wanted)
     standing = []
     for row in rows:
         known = by_name.get(row.name)
@@ -119,12 +144,7 @@ async def standings(store: Costing, rows: Sequence[StoredBudget], now: datetime)
                 unit="" if state is None else await store.unit(found[row.name]),
                 state=state,
                 problem=None if known is None else known.problem,
-                crossings=[
-                    one
-                    for one in reached
-                    if state is not None
-                    and (one.budget, one.period_start) == (row.name, state.period.start)
-                ],
+                crossings=() if state is None else reached[row.name, state.period.start],
             )
         )
     return standing

@@ -12,10 +12,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from hostler_common import auth, errors, http
+from hostler_usage.history.report_store import GroupUnknown
 from hostler_usage.listing import Limit, Marker
 from hostler_usage.money import budget as budgets
 from hostler_usage.money import costing, document_body, document_text
-from hostler_usage.money.budget_standing import Standing, reckoned, standings
+from hostler_usage.money.budget_standing import Standing, reckoned, standings, unknown_group
 from hostler_usage.money.costing import Costing, Wanted
 from hostler_usage.money.document import DocumentError, exact
 from hostler_usage.money.price_store import Audience, BudgetNotFound, StoredBudget
@@ -213,21 +214,26 @@ async def check_budgets(body: CheckBody, store: CostingDep, caller: auth.Caller)
         if period is None:
             continue
         (standing,) = await reckoned(store, [Wanted(budget=of, period=period, as_of=now)])
-        asked = await store.asked(wanted, of, now)
         unit = await store.unit(of)
-        # what is not asked of it cannot exceed it, however far it is used up
         left = None if standing.state is None else standing.state.left
-        is_allowed = asked.amount <= max(left or Fraction(0), Fraction(0))
+        problem = standing.problem
+        asked = None
+        try:
+            asked = await store.asked(wanted, of, now)
+        except GroupUnknown as exc:
+            problem = problem or unknown_group(of, exc)
+        # what is not asked of it cannot exceed it, however far it is used up
+        is_allowed = asked is not None and asked.amount <= max(left or Fraction(0), Fraction(0))
         is_shown = caller.projects is None or is_own
         checked.append(
             CheckedBudget(
                 name=of.name if is_shown else None,
                 allowed=is_allowed,
                 unit=unit if is_shown else None,
-                asked=costing.shown(asked.amount, of, unit) if is_shown else None,
+                asked=costing.shown(asked.amount, of, unit) if is_shown and asked else None,
                 left=costing.shown(left, of, unit) if is_shown and left is not None else None,
-                problem=standing.problem if is_shown else None,
-                unpriced=list(asked.unpriced),
+                problem=problem if is_shown else None,
+                unpriced=[] if asked is None else list(asked.unpriced),
             )
         )
     return Checked(allowed=all(one.allowed for one in checked), budgets=checked)

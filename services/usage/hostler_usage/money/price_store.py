@@ -325,18 +325,20 @@ class PriceStore:
             for row in rows
         ]
 
-    async def crossings(self, names: Sequence[str]) -> list[Crossing]:
-        """What these budgets have reached, oldest period first.
+    async def crossings(self, periods: Iterable[tuple[str, datetime]]) -> list[Crossing]:
+        """What was reached in these periods, each a budget's name and a start; least thresholds first.
 
         Raises:
             DatabaseUnavailable: the database is away.
         """
+        wanted = list(periods)
         async with db.connection(self.pool) as connection:
             rows = await connection.fetch(
                 "SELECT budget, period_start, period_end, threshold, crossed_at, consumed,"
-                " limit_amount AS limit FROM budget_crossing WHERE budget = ANY ($1)"
-                " ORDER BY period_start, budget, threshold",
-                list(names),
+                " limit_amount AS limit FROM budget_crossing WHERE (budget, period_start)"
+                " IN (SELECT * FROM unnest($1::text[], $2::timestamptz[])) ORDER BY threshold",
+                [name for name, _ in wanted],
+                [start for _, start in wanted],
             )
         return [Crossing(**dict(row)) for row in rows]
 

@@ -364,6 +364,17 @@ class PeriodStore:
         return rows, marker_after([str(rows[-1]["id"])]) if len(rows) == limit else None
 
 
+async def all_written(pool: db.Pool) -> None:
+    """Every adjustment whose time of writing is past can be read: whoever was just writing is done.
+
+    Raises:
+        DatabaseBusy: somebody writes, or closes a period, for long; try again.
+        DatabaseUnavailable: the database is away.
+    """
+    async with db.transaction(pool) as connection:
+        await connection.execute(f"SELECT pg_advisory_xact_lock_shared({_WRITERS})")
+
+
 # --- what folds note
 
 
@@ -502,7 +513,9 @@ def _noted(row: asyncpg.Record) -> Noted:
 async def _write(connection: db.Connection, charged_to: str, found: Sequence[Adjustment]) -> None:
     await connection.executemany(
         f"INSERT INTO period_adjustment (period, charged_to, {_LINE}, delta, resource_id, messages,"  # noqa: S608  a constant of this module
-        " evidence, noticed_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        " evidence, noticed_at, written_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11,"
+        # not when the transaction began: it may have waited long for its turn to write
+        " $12, $13, clock_timestamp())",
         [
             (
                 item.period,

@@ -244,7 +244,8 @@ class Audit:
 class Resource:
     """A type of resources: what they are and how their lives are told.
 
-    `now_is_unborn`: a body about what has not come to life names its own sending as the birth.
+    `now_is_unborn`: states of what has not come to life, where a body names its own sending as the
+    birth; in another state such a body says only that it is there.
     `ids_return`: after an end the same id may be given to another one, whose life is another.
     """
 
@@ -254,7 +255,7 @@ class Resource:
     state_classes: Table[str, str]
     begins_in: frozenset[str]
     unborn: frozenset[str]
-    now_is_unborn: bool
+    now_is_unborn: frozenset[str]
     ids_return: bool
     gone: frozenset[str]
     between_segments: frozenset[str]

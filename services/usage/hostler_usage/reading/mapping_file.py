@@ -169,7 +169,7 @@ class _Resource(_Model):
     states: dict[Name, list[str]] = {}
     begins_in: list[str] = []
     unborn: list[str] = []
-    now_is_unborn: bool = False
+    now_is_unborn: list[str] = []
     ids_return: bool = False
     gone: list[str] = []
     between_segments: list[str] = []
@@ -403,7 +403,7 @@ def _resource(name: str, given: _Resource) -> mapping.Resource:
         state_classes={state: name for name, states in given.states.items() for state in states},
         begins_in=frozenset(given.begins_in),
         unborn=frozenset(given.unborn),
-        now_is_unborn=given.now_is_unborn,
+        now_is_unborn=frozenset(given.now_is_unborn),
         ids_return=given.ids_return,
         gone=frozenset(given.gone),
         between_segments=frozenset(given.between_segments),

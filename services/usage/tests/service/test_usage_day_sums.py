@@ -11,9 +11,12 @@ import pytest
 
 from hostler_common import db
 from hostler_usage.api import Usage, usage_document
+from hostler_usage.history import report_store
+from hostler_usage.history.day_sum_store import DaySums
 from hostler_usage.history.measures import Window
 from hostler_usage.history.paging import BadMarker, marker_after
 from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
+from hostler_usage.history.rollup_store import days_until
 from hostler_usage.reading.mapping_file import packaged
 
 FIRST = date(2026, 4, 27)
@@ -247,6 +250,43 @@ async def test_a_page_reads_its_own_rows_and_neither_other_projects_nor_other_ye
             # two pages' worth, two reads to find each project, and of a day that was begun all of it
             bound = 2 * sums + 2 * 25 + (2 * projects if groups[0] == "day" else 0)
             assert await read_rows(quiet) - before <= bound, number
+
+
+TEN_DAYS = Window(
+    start=datetime(2026, 4, 27, tzinfo=UTC),
+    end=datetime(2026, 5, 7, tzinfo=UTC),
+    as_of=datetime(2026, 7, 1, tzinfo=UTC),
+)
+
+
+async def test_a_page_is_as_of_one_moment(pool: db.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    await filled(pool, [Sum(FIRST, "r1", "p", "volume", "volume_hours", 1)])
+
+    async def then_changed(connection: db.Connection) -> date | None:
+        until = await days_until(connection)
+        await pool.execute("UPDATE usage_day SET amount = 2")
+        return until
+
+    monkeypatch.setattr(report_store, "days_until", then_changed)
+    reports = ReportStore(pool=pool, mapping=packaged())
+    for amount in (1, 2):
+        (row,), _ = await reports.usage(TEN_DAYS, ["project"], UsageFilter(), limit=9)
+        assert row.amounts == {"volume_hours": amount}
+
+
+async def test_sums_that_cannot_be_read_are_not_hidden_by_the_reading_of_the_next(
+    pool: db.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = [FIRST + timedelta(days=day) for day in range(10)]
+    await filled(pool, [Sum(day, "r1", "p", "volume", "volume_hours", 1) for day in days])
+
+    def unreadable(*_: object) -> object:
+        raise ValueError("it is unreadable")
+
+    monkeypatch.setattr(DaySums, "_read", unreadable)
+    reports = ReportStore(pool=pool, mapping=packaged())
+    with pytest.raises(ValueError, match="it is unreadable"):
+        await reports.usage(TEN_DAYS, ["day"], UsageFilter(), limit=9)
 
 
 async def test_a_marker_that_no_group_could_have_is_refused(pool: db.Pool) -> None:

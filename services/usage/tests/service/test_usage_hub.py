@@ -296,6 +296,48 @@ async def test_a_lease_is_no_longer_than_the_signed_token_that_asked_for_it(
             assert longest - 20 <= granted <= longest
 
 
+async def test_a_lease_ends_with_the_token_however_late_the_subscriber_is_asked(
+    database_url: str, tmp_path: Path, subscriber: Subscriber
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("of a test, and as long as such a key has to be")
+    ends = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3000)
+    claims = {
+        "sub": "portal",
+        "iss": "https://idp.example/",
+        "aud": "hostler",
+        "exp": int(ends.timestamp()),
+        "hostler_role": "reader",
+        "hostler_projects": ["p1"],
+    }
+    token = jwt.encode(claims, key.read_text(), algorithm="HS256")
+    by_token: dict[str, Any] = {
+        "auth_mode": "jwt",
+        "jwt_issuer": "https://idp.example/",
+        "jwt_audience": "hostler",
+        "jwt_key_file": key,
+        "jwt_algorithms": ["HS256"],
+    }
+    values = {"mode": "subscribe", "topic": "/feeds/all.atom", "lease_seconds": "3600"}
+    late = "UPDATE hub_request SET token_ends_at = token_ends_at - $1::interval"
+    async with open_feeds(database_url, tmp_path, lease=SHORT, **by_token) as feeds:
+        await feeds.ask(token, callback=subscriber.url, **values)
+        await feeds.pool.execute(late, timedelta(seconds=2000))
+        await feeds.jobs.verify()
+        assert 980 <= int(subscriber.verifications[-1]["hub.lease_seconds"]) <= 1000
+        lasts_until = "SELECT expires_at FROM hub_subscription"
+        found = await feeds.pool.fetchval(lasts_until)
+        assert ends - timedelta(seconds=2020) <= found <= ends - timedelta(seconds=2000)
+        # a renewal whose token has ended meanwhile is none, and leaves what there is
+        await feeds.ask(token, callback=subscriber.url, **values)
+        await feeds.pool.execute(late, timedelta(seconds=3000))
+        await feeds.jobs.verify()
+        assert len(subscriber.verifications) == 1
+        assert await feeds.pool.fetchval("SELECT count(*) FROM hub_request") == 0
+        assert await feeds.pool.fetchval(lasts_until) == found
+        assert feeds.outcomes == ["verified", "lapsed"]
+
+
 def rewrite(feeds: Feeds, **lines: str | None) -> None:
     """The tokens' lines are these; None: the token is gone."""
     kept = [

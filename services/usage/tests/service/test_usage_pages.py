@@ -321,6 +321,8 @@ async def test_every_number_of_usage_is_one_click_from_its_intervals_messages_an
                 assert f'"message_id": "{inner["message_id"]}"' in html.unescape(why)
             clicks += 1
     assert clicks > 20
+    # a month that is named by its end alone
+    await site.page("/explain", "alice", measure="instance_hours", end="2026-05-01T00:00")
     # a project's own numbers are explained to it, without the bodies
     why = await site.page("/explain", "alice", measure="instance_hours", project="p1")
     assert ALICES.instance_id in why

@@ -266,6 +266,86 @@ BOOK: dict[str, Any] = {
 }
 
 
+WAITING = (
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
+
+async def late_delete(ledger: Months) -> None:
+    """April is closed, and a delete in it that is told late is noted."""
+    steps = (
+        Step(at=at(3, 30), action="create", flavor=SMALL),
+        Step(at=at(4, 20), action="delete"),
+    )
+    messages = instance(1, *steps).messages()
+    await ledger.told([item for item in messages if item.timestamp < at(4, 1)])
+    await ledger.make(at(5, 2))
+    await ledger.close("2026-04", at(5, 2))
+    await ledger.told(messages)
+
+
+async def wait_until_so_many_wait(ledger: Months, count: int) -> None:
+    async def holds() -> bool:
+        return int(await ledger.pool.fetchval(WAITING)) >= count
+
+    await eventually(holds)
+
+
+async def test_an_adjustment_is_of_when_it_was_written_not_of_when_it_began_to_wait(
+    ledger: Months,
+) -> None:
+    await late_delete(ledger)
+    async with asyncio.TaskGroup() as tasks, db.transaction(ledger.pool) as other:
+        writers = "hashtext('hostler_usage.period.writer')"
+        await other.execute(f"SELECT pg_advisory_xact_lock({writers})")
+        tasks.create_task(ledger.periods.adjust())
+        await wait_until_so_many_wait(ledger, 1)
+        waited = await ledger.pool.fetchval("SELECT clock_timestamp()")
+    rows = await ledger.adjustments("2026-04")
+    assert rows
+    assert all(row["written_at"] > waited for row in rows)
+
+
+async def test_a_file_with_corrections_waits_for_those_that_are_just_written(
+    ledger: Months, serve_part: ServePart
+) -> None:
+    await late_delete(ledger)
+    await ledger.pool.execute(
+        "CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql"
+        " AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NULL; END';"
+        "CREATE CONSTRAINT TRIGGER linger AFTER INSERT ON period_adjustment"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION linger()"
+    )
+    costing = Costing(reports=ledger.reports, prices=PriceStore(pool=ledger.pool))
+    exports = Exports(store=ExportStore(reports=ledger.reports), books=costing)
+    asked = {
+        "start": (datetime.now(UTC) - DAYS).replace(microsecond=0).isoformat(),
+        "end": (datetime.now(UTC) + DAYS).replace(microsecond=0).isoformat(),
+        "corrections": "true",
+    }
+    async with (
+        serve_part([exports_api.router], {"exports": exports}, all=("reader", "*")) as (
+            _,
+            clients,
+        ),
+        asyncio.TaskGroup() as tasks,
+    ):
+        async with db.transaction(ledger.pool) as other:
+            await other.execute("SELECT pg_advisory_xact_lock(1)")
+            writing = tasks.create_task(ledger.periods.adjust())
+            await wait_until_so_many_wait(ledger, 1)  # it is written, and not committed
+            file = tasks.create_task(clients["all"].get("/v1/exports/focus.csv", **asked))
+
+            async def waits_or_is_made() -> bool:
+                return file.done() or int(await ledger.pool.fetchval(WAITING)) >= 2
+
+            await eventually(waits_or_is_made)
+        found = list(csv.DictReader((await file).splitlines()))
+        _, written = await writing
+        assert len(found) == written > 0
+
+
 async def test_adjustments_are_corrections_in_the_focus_file_of_when_they_were_written(
     ledger: Months, serve_part: ServePart
 ) -> None:

@@ -618,6 +618,33 @@ async def test_a_budget_that_cannot_be_reckoned_says_why_and_stops_nobody(
         assert unknown["problem"] == long["problem"]
 
 
+async def test_a_book_that_goes_by_what_is_told_no_longer_stops_no_other_budget(
+    run_priced: RunPriced, amqp_url: str, database_url: str
+) -> None:
+    (hours,) = TIERED["prices"]
+    steps = {"period": "month", **hours["tiers"]}
+    racked = {**TIERED, "prices": [{**hours, "tiers": steps, "match": {"rack": "r1"}}]}
+    async with run_priced() as service, events_of(amqp_url, "usage.budget.#") as queue:
+        api = service.api
+        async with db.open_pool(database_url, schema="usage") as pool:
+            # as of the time when the mapping had racks
+            await PriceStore(pool=pool).put_book("racked", racked, by="test", replaces=None)
+        limit = {"amount": 1, "price_book": "racked"}
+        unknown = await api.put("/v1/budgets/a-racked", budget(0, limit=limit))
+        assert unknown["state"] is None
+        assert "price book racked: usage cannot be grouped by rack" in unknown["problem"]
+        await api.put("/v1/budgets/hours", budget(10, thresholds=[100]))
+        assert [one["budget"] for one in await received(queue, 1)] == ["hours"]
+        found = (await api.get("/v1/budgets"))["budgets"]
+        assert [one["state"] is None for one in found] == [True, False]
+        answer = await api.post(
+            "/v1/budgets/check", {"project_id": "p1", "what": {"instance_hours": "0.1"}}
+        )
+        checked = answer["budgets"][0]
+        assert (checked["name"], checked["allowed"], checked["asked"]) == ("a-racked", False, None)
+        assert checked["problem"] == unknown["problem"]
+
+
 async def test_of_replicas_that_notice_a_crossing_at_once_one_tells_of_it(
     run_usage: RunUsage, amqp_url: str, database_url: str
 ) -> None:
@@ -649,8 +676,14 @@ async def test_of_replicas_that_notice_a_crossing_at_once_one_tells_of_it(
             True,
         ]
         assert await record(replace(crossing, threshold=80)) is True
-        told = await received(queue, 2)
-        assert [one["threshold_percent"] for one in told] == [50, 80]
+        before = replace(crossing, period_start=DAY - HOUR, period_end=DAY)
+        assert await record(before) is True
+        told = await received(queue, 3)
+        assert [one["threshold_percent"] for one in told] == [50, 80, 50]
+        # of the periods that are asked for, no others
+        found = await store.crossings([("hours", DAY), ("gone", DAY - HOUR)])
+        assert found == [crossing, replace(crossing, threshold=80)]
+        assert await store.crossings([("hours", DAY - HOUR)]) == [before]
         assert await queue.get(fail=False) is None
 
 

@@ -1,7 +1,10 @@
 """Lines of files become bodies, and bodies show what they would do, without a service."""
 
 import gzip
+import io
 import json
+import os
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 
 from hostler_usage.reading import import_cli, imports, rules_cli
 from hostler_usage.reading.imports import Format, bodies, format_of
+from hostler_usage.reading.message_file import opened
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Step
 
 DAY = datetime(2026, 5, 8, tzinfo=UTC)
@@ -178,6 +182,24 @@ def test_rules_test_reads_gzip_and_logs_and_says_the_same(day: Path, tmp_path: P
     answer = shown("rules", "test", log)
     assert len(answer["bodies"]) == len(lines)
     assert [one["totals"] for one in answer["resources"]] == [one["totals"] for one in plain]
+
+
+@pytest.mark.parametrize("is_gzip", [False, True])
+def test_standard_input_and_pipes_are_plain_or_gzip_as_files_are(
+    is_gzip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = gzip.compress(BODY) if is_gzip else BODY
+    given = io.BufferedReader(io.BytesIO(data))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
+    with opened(Path("-")) as (stream, _):
+        assert stream.read() == BODY
+    assert not given.closed
+    reading, writing = os.pipe()
+    os.write(writing, data)
+    os.close(writing)
+    with opened(Path(f"/dev/fd/{reading}")) as (stream, position):
+        assert (stream.read(), position()) == (BODY, 0)
+    os.close(reading)
 
 
 def test_rules_test_is_read_by_people_too(day: Path) -> None:

@@ -843,6 +843,62 @@ def test_a_volume_that_never_launched_is_not_billed_however_often_it_is_told_of(
     assert (gone.intervals, gone.anomalies) == ((), ())
 
 
+def test_a_volume_that_never_launched_and_serves_all_the_same_is_billed_since_the_first_word() -> (
+    None
+):
+    """Its creation failed, an operator has reset its state, and a server uses it."""
+
+    def audit(hour: int, status: str) -> Notification:
+        period = {
+            "audit_period_beginning": str(on(28, f"{hour - 1}:00")),
+            "audit_period_ending": str(on(28, f"{hour}:00")),
+        }
+        attached = VOLUME["volume_attachment"] if status == "in-use" else []
+        return unborn(
+            "exists", on(28, f"{hour}:00:04"), status, volume_attachment=attached, **period
+        )
+
+    failed = [unborn("create.start", on(28, "09:50"), "creating"), audit(11, "error")]
+    attached = unborn(
+        "attach.end", on(28, "11:30"), "in-use", volume_attachment=VOLUME["volume_attachment"]
+    )
+    audits = [audit(hour, "in-use") for hour in range(12, 21)]
+    deleted = unborn("delete.end", on(28, "20:30"), "deleting")
+    found = ledger(*failed, attached, *audits, deleted)
+    assert spans(found, "state", "attached_to") == [
+        (attached.timestamp, deleted.timestamp, "in-use", INSTANCE)
+    ]
+    assert {item.code for item in found.reconciliation.verdicts} == {Code.AGREED}
+    audited = ledger(*failed, *audits)
+    assert spans(audited, "state") == [(on(28, "12:00:04"), None, "in-use")]
+    assert [item.code for item in audited.reconciliation.verdicts] == [
+        Code.AGREED,
+        Code.BIRTH_REPAIRED,
+        Code.AGREED,
+    ]
+    after_its_end = ledger(unborn("delete.end", on(28, "11:30"), "deleting"), *audits)
+    assert {item.code for item in after_its_end.reconciliation.verdicts} == {Code.NO_LIFE}
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "status"),
+    [
+        ("volume", VOLUME, "downloading"),
+        ("snapshot", SNAPSHOT, "creating"),
+        ("backup", BACKUP, "creating"),
+    ],
+)
+def test_an_end_is_one_whatever_state_it_is_told_in(
+    kind: str, payload: Payload, status: str
+) -> None:
+    plain = {key: value for key, value in payload.items() if not key.startswith("audit_period")}
+    end = on(28, "20:00")
+    deleted = sent(f"{kind}.delete.end", plain | {"status": status}, end)
+    assert spans(ledger(sent(f"{kind}.create.end", plain, on(28, "10:01")), deleted))[-1][1] == end
+    alone = ledger(deleted)
+    assert (alone.intervals, alone.anomalies) == ((), ())
+
+
 @pytest.mark.parametrize(("kind", "payload"), [("snapshot", SNAPSHOT), ("backup", BACKUP)])
 def test_what_is_being_made_is_billed_from_its_creation_once_it_is_there(
     kind: str, payload: Payload
@@ -1176,6 +1232,37 @@ def test_an_address_that_is_allocated_again_lives_again_and_is_nobodys_between()
         "floating_ip_hours": 3 * MICROSECONDS_PER_HOUR
     }
     assert "deleted_twice" not in {item.code for item in found.reconciliation.verdicts}
+
+
+@pytest.mark.parametrize("allocated", [-0.55, -0.05, 0, 0.05, 0.5])
+@pytest.mark.parametrize("lived", [0.9, 7200])
+def test_an_address_that_is_allocated_as_it_is_released_is_billed_to_both(
+    allocated: float, lived: float
+) -> None:
+    """Whoever tells of an allocation may have a clock behind that of whoever tells of the release."""
+    at = on(27, "10:00", 9)
+    released, end = at + HOUR, at + HOUR + timedelta(seconds=lived)
+    told = [
+        address("allocate.end", at, "p1"),
+        address("release.end", released, "p1"),
+        address("allocate.end", released + timedelta(seconds=allocated), "p2"),
+        address("release.end", end, "p2"),
+    ]
+    found = ledger(*told)
+    born = released + max(timedelta(seconds=allocated), MICROSECOND)
+    assert spans(found, "project") == [(at, released, "p1"), (born, end, "p2")]
+    assert ledger(*reversed(told)) == found
+    assert {item.code for item in found.reconciliation.verdicts} == set()
+
+
+def test_an_allocation_that_is_told_twice_is_one_however_soon_its_end_comes() -> None:
+    at = on(27, "10:00", 9)
+    told = [
+        address("allocate.end", at),
+        address("allocate.end", at + SECOND / 4),
+        address("release.end", at + SECOND / 2),
+    ]
+    assert spans(ledger(*told), "project") == [(at, at + SECOND / 2, "p")]
 
 
 def test_what_is_said_of_an_address_after_its_end_opens_no_other_life() -> None:
