@@ -199,6 +199,16 @@ async def test_what_is_asked_for_while_the_broker_is_away_is_announced_when_it_i
         assert placed(agent, image_id)
 
 
+async def half_way(api: client.Api, distribution_id: str) -> None:
+    """Its one host has what comes before the source pauses."""
+
+    async def has_come() -> bool:
+        (host,) = (await api.get(f"/v1/distributions/{distribution_id}"))["progress"]
+        return bool(host["pieces_done"] >= 6 * MIB // (256 * 1024))
+
+    await eventually(has_come)
+
+
 @pytest.mark.parametrize("back", ["while it comes", "when all of it has come"])
 async def test_an_image_whose_database_is_killed_while_it_comes_reaches_its_hosts_all_the_same(
     run_service: RunService,
@@ -227,13 +237,7 @@ async def test_an_image_whose_database_is_killed_while_it_comes_reaches_its_host
         source.pause_after = 6 * MIB
         body = request(image_id, source.add("image", DATA), ["host-1"])
         made = await service.api.post("/v1/distributions", body)
-        path = f"/v1/distributions/{made['distribution_id']}"
-
-        async def half_way() -> bool:
-            (host,) = (await service.api.get(path))["progress"]
-            return bool(host["pieces_done"] >= 6 * MIB // (256 * 1024))
-
-        await eventually(half_way)
+        await half_way(service.api, made["distribution_id"])
         await asyncio.to_thread(own_postgres.kill)
 
         async def is_noticed() -> bool:
@@ -292,13 +296,7 @@ async def test_a_seeds_disk_that_fills_while_an_image_comes_is_said_and_the_next
         source.pause_after = 6 * MIB
         body = request(image_id, source.add("image", DATA), ["host-1"])
         made = await service.api.post("/v1/distributions", body)
-
-        async def half_way() -> bool:
-            path = f"/v1/distributions/{made['distribution_id']}"
-            (host,) = (await service.api.get(path))["progress"]
-            return bool(host["pieces_done"] >= 6 * MIB // (256 * 1024))
-
-        await eventually(half_way)
+        await half_way(service.api, made["distribution_id"])
         ballast = small_disk / "ballast"
         ballast.write_bytes(bytes(8 * MIB))
         source.go_on.set()

@@ -135,6 +135,16 @@ def journaled(program: testing.Program) -> int:
     return (file.stat().st_size - 60) // 8
 
 
+async def killed_with_half(victim: testing.Program) -> None:
+    """The agent is killed when it has journaled what comes before the source pauses."""
+
+    async def kept() -> bool:
+        return journaled(victim) == HALF // PIECE
+
+    await eventually(kept)
+    await victim.kill()
+
+
 async def test_a_seed_killed_while_it_fetches_goes_on_with_what_hosts_have(
     service: Service, agent: Agent, source: testing.Source, database_url: str
 ) -> None:
@@ -215,12 +225,7 @@ async def test_an_agent_killed_while_the_image_comes_goes_on_where_it_was(
         victim = await stack.enter_async_context(agent("host-1"))
         image_id, distribution_id = await distribute(service.url, source, ["host-1"])
         await half_way(service.url, distribution_id)
-
-        async def kept() -> bool:
-            return journaled(victim) == HALF // PIECE
-
-        await eventually(kept)
-        await victim.kill()
+        await killed_with_half(victim)
         again = await stack.enter_async_context(agent("host-1"))
 
         async def began() -> bool:
@@ -243,12 +248,7 @@ async def test_an_agent_that_is_back_when_all_has_come_goes_on_where_it_was(
         victim = await stack.enter_async_context(agent("host-1"))
         image_id, distribution_id = await distribute(service.url, source, ["host-1"])
         await half_way(service.url, distribution_id)
-
-        async def kept() -> bool:
-            return journaled(victim) == HALF // PIECE
-
-        await eventually(kept)
-        await victim.kill()
+        await killed_with_half(victim)
         source.go_on.set()
 
         async def ready() -> bool:

@@ -7,13 +7,13 @@ A file is served again after a restart only once it was read through and found t
 its pieces count as sent, since they probably were: hosts get those that are nowhere else.
 """
 
-import asyncio
 import os
 import uuid
 from collections import Counter
 from pathlib import Path
 
 from hostler_common import logs
+from hostler_precache import threads
 from hostler_precache.distribution.distributions import BlobRecord
 from hostler_precache.swarming.swarm import SeedPolicy
 from hostler_precache.transfer import leftovers, pieces
@@ -117,7 +117,8 @@ class Seed:
         *,
         check: bool = False,
     ) -> None:
-        fd = await asyncio.to_thread(_opened, self.path(blob_id), manifest if check else None)
+        path, expected = self.path(blob_id), manifest if check else None
+        fd = await threads.to_end(lambda: _opened(path, expected), undo=os.close)
         self._descriptors[blob_id] = fd
         self._serve(
             Blob(
