@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import (
@@ -172,8 +173,18 @@ def sha256_of(path: Path) -> str:
 
 
 async def course(rig: Rig, size_bytes: int) -> Course:
-    """The source is written and the rates are measured: once for each different link."""
+    """The source is written and the rates are measured: once for each different link.
+
+    Raises:
+        RuntimeError: the hosts' copies would not fit into memory.
+    """
     source = rig.directory / "source"
+    needed = (len(rig.hosts) + 1) * size_bytes  # the source, and everybody's copy
+    free = shutil.disk_usage(rig.directory).free
+    if free < needed:
+        raise RuntimeError(
+            f"{rig.directory.parent} has {free:,} bytes free, and {needed:,} are needed"
+        )
     digest = await asyncio.to_thread(write_source, source, size_bytes)
     measured: dict[int, float] = {}
     names = list(rig.hosts)

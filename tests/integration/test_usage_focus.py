@@ -55,26 +55,29 @@ NEVER_INVOICED = {"InvoiceId-C-005-C"}
 
 
 def python_3_12() -> str:
-    """An interpreter that runs and is Python 3.12: on the path, of pyenv, or of uv."""
+    """An interpreter that runs and is Python 3.12: on the path, of pyenv, or of uv, which fetches one if need be."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    uv = Path(sys.executable).parent / "uv"
-    found: list[str | None] = [shutil.which("python3.12")]
+    found = [shutil.which("python3.12") or ""]
     found += sorted(str(path) for path in pyenv.glob("versions/3.12*/bin/python3.12"))
-    if uv.exists():
-        asked = subprocess.run(
-            [str(uv), "python", "find", "--offline", "3.12"], capture_output=True, text=True
-        )
-        found.append(asked.stdout.strip() or None)
-    for candidate in found:
-        if candidate is not None:
-            told = subprocess.run(
-                [candidate, "-c", "import sys; print(sys.version_info[:2])"],
-                capture_output=True,
-                text=True,
-            )
-            if told.stdout.strip() == "(3, 12)":
-                return candidate
-    raise AssertionError("focus-validator needs Python 3.12: install one, and run this again")
+    for candidate in filter(None, found):
+        if said([candidate, "-c", "import sys; print(sys.version_info[:2])"]) == "(3, 12)":
+            return candidate
+    uv = str(Path(sys.executable).parent / "uv")
+    python = said([uv, "python", "find", "--offline", "3.12"])
+    if not python:
+        said([uv, "python", "install", "--quiet", "3.12"])
+        python = said([uv, "python", "find", "--offline", "3.12"])
+    assert python, "focus-validator needs Python 3.12: install one, and run this again"
+    return python
+
+
+def said(argv: list[str]) -> str:
+    """What the program prints; nothing where it fails, or is not there."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 @pytest.fixture(scope="session")

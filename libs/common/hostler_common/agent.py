@@ -17,7 +17,7 @@ from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import Field
 
-from hostler_common import logs, runtime, settings
+from hostler_common import admission, logs, runtime, settings
 from hostler_common.bus import Bus, Handler, Queue, Topology
 
 log = logs.get(__name__)
@@ -109,26 +109,22 @@ async def serve(loaded: AgentSettings, *, stop: asyncio.Event | None = None) -> 
             app=web.Application(),
             process=process,
         )
+        context.app[admission.KEY] = admission.Admission()
         _add_service_routes(context.app, process)
         for name in loaded.parts:
             create: Create = entries[name].load()
             await create(context)
             log.info("part_started", part=name)
-        runner = web.AppRunner(
-            context.app, access_log=None, shutdown_timeout=loaded.drain_seconds / 2
-        )
-        await runner.setup()
-        try:
-            listener = runtime.bind(loaded.http_host, loaded.http_port)
-            await web.SockSite(runner, listener).start()
+        listener = runtime.bind(loaded.http_host, loaded.http_port)
+        async with admission.serving(
+            context.app, listener, drain_seconds=loaded.drain_seconds / 2
+        ):
             log.info(
                 "agent_started",
                 host=loaded.host,
                 http=f"{loaded.http_host}:{listener.getsockname()[1]}",
             )
             await process.run()
-        finally:
-            await runner.cleanup()
 
 
 def _add_service_routes(app: web.Application, process: runtime.Process) -> None:

@@ -27,7 +27,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from hostler_common import errors, logs
+from hostler_common import errors, logs, lookups
 from hostler_common.bus import (
     Batch,
     BatchHandler,
@@ -246,7 +246,8 @@ def bind(host: str, port: int) -> socket.socket:
 def main(serve: Coroutine[Any, Any, None], *, service: str) -> int:
     """Run a process to its end and return its exit code; what stopped it is in the log, once, with its cause."""
     try:
-        asyncio.run(serve)
+        with asyncio.Runner(loop_factory=lookups.Loop) as runner:
+            runner.run(serve)
     except* errors.HostlerError as group:
         return_code = EXIT_FAILED
         for error in _leaves(group):

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -14,7 +15,7 @@ from hostler_common import http, quarantine, service
 from hostler_common.health import Health
 from hostler_common.settings import SettingsError
 from hostler_precache import api, messages, pages
-from hostler_precache.distribution import distributions_api, history_jobs, policies_api
+from hostler_precache.distribution import distributions_api, endings, history_jobs, policies_api
 from hostler_precache.distribution.distribution_store import DistributionStore
 from hostler_precache.distribution.efficiency import Efficiency
 from hostler_precache.distribution.history_store import HistoryStore
@@ -80,10 +81,15 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         metrics = Metrics(process.registry)
         store, distributions = Store(pool), DistributionStore(pool)
         swarms, policies = SwarmStore(pool), PolicyStore(pool)
-        tracker = Tracker(swarms, member_seconds=settings.member_seconds)
+        tracker = Tracker(
+            swarms,
+            member_seconds=settings.member_seconds,
+            cluster_bytes_per_second=settings.cluster_bytes_per_second,
+        )
         efficiency = Efficiency(
             distributions,
             seed_bytes_per_second=settings.link_bytes_per_second,
+            cluster_bytes_per_second=settings.cluster_bytes_per_second,
             over_bound=metrics.over_bound,
         )
         reports = Reports(store, distributions, swarms, on_done=efficiency.done)
@@ -145,6 +151,7 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             on_done=efficiency.done,
         )
         process.every(1.0, rollouts.advance, name="rollouts")
+        process.every(1.0, partial(endings.tell, distributions), name="endings")
         process.spawn(pipeline.run_policies_forever(), name="policies")
         process.every(BEAT_SECONDS, replicas.turn, name="replicas")
         process.every(60.0, pipeline.retire, name="retire")
@@ -165,7 +172,11 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             "store": store,
             "distributions": distributions,
             "efficiency": efficiency,
-            "looks": Looks(distributions, seed_bytes_per_second=settings.link_bytes_per_second),
+            "looks": Looks(
+                distributions,
+                seed_bytes_per_second=settings.link_bytes_per_second,
+                cluster_bytes_per_second=settings.cluster_bytes_per_second,
+            ),
             "swarms": swarms,
             "policies": policies,
             "tracker": tracker,

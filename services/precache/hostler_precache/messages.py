@@ -111,7 +111,9 @@ class AggregateData(_Event):
     uuid: str = Field(description="the distribution")
     name: str = Field(description="the image")
     hosts: list[str]
-    metadata: dict[str, str] = {}
+    metadata: dict[str, str] = Field(
+        {}, description="at its end, `state`: done, error or cancelled"
+    )
 
 
 class AggregatePayload(_Event):
@@ -126,7 +128,7 @@ class AggregatePayload(_Event):
 
 
 class AggregateCacheImages(_Event):
-    """Hosts begin to get an image, or all of them have ended, in the shape of Nova's versioned notification.
+    """Hosts begin to get an image, or that is over, in the shape of Nova's versioned notification.
 
     Source: nova, doc/notification_samples/aggregate-cache_images-start.json, and -end.json.
     """
@@ -206,7 +208,7 @@ CACHE_START = EventType(
 CACHE_END = EventType(
     routing_key="aggregate.cache_images.end",
     model=AggregateCacheImages,
-    summary="Every host has ended, in the shape of Nova's notification of that name.",
+    summary="It is over, however it came to that, in the shape of Nova's notification of that name.",
 )
 CACHE_PROGRESS = EventType(
     routing_key="aggregate.cache_images.progress",

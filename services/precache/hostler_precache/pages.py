@@ -52,6 +52,7 @@ async def distribution(
         record,
         hosts,
         seed_bytes_per_second=settings.link_bytes_per_second,
+        cluster_bytes_per_second=settings.cluster_bytes_per_second,
         now=datetime.now(UTC),
     )
     await asyncio.sleep(0)
@@ -63,6 +64,7 @@ async def distribution(
         distribution=record,
         pace=estimate.pace_in_words(record, found),
         left=estimate.left_in_words(found),
+        cluster_bytes_per_second=settings.cluster_bytes_per_second,
         hosts=urgent,
         host_count=len(hosts),
         rows_shown=HOSTS_SHOWN,

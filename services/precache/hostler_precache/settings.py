@@ -97,6 +97,13 @@ class Settings(settings.Settings):
     link_bytes_per_second: int = Field(
         ASSUMED_LINK_BYTES_PER_SECOND, ge=1, description="what the seeds' network cards can do"
     )
+    cluster_bytes_per_second: int | None = Field(
+        None,
+        ge=1_000_000,
+        lt=2**63,
+        description="what the hosts of all distributions together may fetch, shared out among those"
+        " that move",
+    )
     seed_keep_seconds: float = Field(
         7 * 86400.0, ge=0, description="how long an image that nobody wants stays on this disk"
     )

@@ -112,6 +112,8 @@ set -e
 sysctl_() {{ echo "$2" >"/proc/sys/net/$1"; }}
 sysctl_ ipv6/conf/default/disable_ipv6 1
 sysctl_ ipv4/icmp_echo_ignore_all 1
+# containers may use the device, and do not have it
+[ -e /dev/net/tun ] || {{ mkdir -p /dev/net && mknod -m 0666 /dev/net/tun c 10 200; }}
 ip tuntap add dev guest0 mode tap user "$1"
 ip address add {HOST_ADDRESS}/24 dev guest0
 ip link set guest0 up

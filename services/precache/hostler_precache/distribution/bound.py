@@ -22,6 +22,7 @@ class Limit(StrEnum):
     HOST = "the slowest host's downlink"
     UPLINKS = "the uplinks of the seed and all hosts together"
     RULE = "the limit of the distribution"
+    CLUSTER = "the cluster's bandwidth"
     SOURCE = "the image's source"
 
 
@@ -40,6 +41,7 @@ def bound(
     seed_bytes_per_second: int,
     hosts_bytes_per_second: Mapping[str, float],
     total_bytes_per_second: int | None = None,
+    cluster_bytes_per_second: int | None = None,
 ) -> Bound:
     """The bound for hosts whose links are as fast up as down.
 
@@ -48,6 +50,7 @@ def bound(
         seed_bytes_per_second: of the seed.
         hosts_bytes_per_second: of each host that is to receive it.
         total_bytes_per_second: what all hosts together may receive, by rule.
+        cluster_bytes_per_second: what those of all distributions together may; as if there were no other.
     """
     if not hosts_bytes_per_second or not size_bytes:
         return Bound(seconds=0.0, limit=Limit.SEED)
@@ -62,6 +65,8 @@ def bound(
     ]
     if total_bytes_per_second is not None:
         terms.append((count * size_bytes / total_bytes_per_second, Limit.RULE))
+    if cluster_bytes_per_second is not None:
+        terms.append((count * size_bytes / cluster_bytes_per_second, Limit.CLUSTER))
     seconds, limit = max(terms, key=lambda term: term[0])
     return Bound(
         seconds=seconds, limit=limit, slowest_host=slowest if limit is Limit.HOST else None

@@ -30,6 +30,8 @@ from hostler_precache.store import MAX_BIGINT, ImageNotFound, blob_record
 from hostler_precache.transfer.manifest import BlobId
 
 HOSTS_AT_ONCE: Final = 200
+# each names all its hosts
+TOLD_AT_ONCE: Final = 20
 # agents report every few seconds
 SILENT_SECONDS: Final = 60.0
 _LIVE = ("fetching", "distributing")
@@ -141,7 +143,9 @@ class DistributionStore:
             "   host_bytes_per_second = excluded.host_bytes_per_second,"
             "   total_bytes_per_second = excluded.total_bytes_per_second,"
             "   windows = excluded.windows, is_open = excluded.is_open, paused_at = NULL,"
-            "   paused_reason = NULL, reason = NULL, finished_at = NULL, cancelled_at = NULL"
+            "   paused_reason = NULL, reason = NULL, finished_at = NULL, cancelled_at = NULL,"
+            # of its end nobody may have been told yet: then it goes on
+            "   told = nullif(old.told, 'end')"
             " WHERE old.state IN ('error', 'cancelled') RETURNING distribution_id, state",
             distribution_id, image_id, policy_id, targets.hosts, priority, blob_id,
             dict(targets.labels), targets.percent, rollout.canary_percent, rollout.deadline_at,
@@ -608,12 +612,38 @@ class DistributionStore:
         _, hosts = await self.states(connection, distribution_id)
         return image_id, hosts
 
+    async def tell_started(
+        self, connection: db.Connection, distribution_ids: Collection[DistributionId]
+    ) -> list[DistributionId]:
+        """Those of these of which it was not told that they have started, or only before they ended; now it is."""
+        rows = await connection.fetch(
+            "UPDATE distribution SET told = 'start' WHERE distribution_id = ANY ($1::uuid[])"
+            "   AND told IS DISTINCT FROM 'start' RETURNING distribution_id",
+            list(distribution_ids),
+        )
+        return [DistributionId(row["distribution_id"]) for row in rows]
+
+    async def tell_ended(self, connection: db.Connection) -> list[DistributionId]:
+        """Distributions that are over, and of which nobody was told so, a few; they are told of now.
+
+        Those that another replica tells of are left to it.
+        """
+        rows = await connection.fetch(
+            "UPDATE distribution SET told = 'end' WHERE distribution_id = ANY (ARRAY ("
+            "   SELECT distribution_id FROM distribution"
+            "   WHERE state IN ('done', 'error', 'cancelled') AND told IS DISTINCT FROM 'end'"
+            "   ORDER BY finished_at LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED))"
+            " RETURNING distribution_id",
+            TOLD_AT_ONCE,
+        )
+        return [DistributionId(row["distribution_id"]) for row in rows]
+
     async def on_hosts(
         self, connection: db.Connection, distribution_ids: Collection[DistributionId]
     ) -> list[ImageOnHosts]:
         """What these distributions are of, and to which hosts."""
         rows = await connection.fetch(
-            "SELECT d.distribution_id, d.image_id,"
+            "SELECT d.distribution_id, d.image_id, d.state,"
             "   coalesce(array_agg(h.host ORDER BY h.host) FILTER (WHERE h.host IS NOT NULL), '{}')"
             "     AS hosts"
             " FROM distribution d LEFT JOIN distribution_host h USING (distribution_id)"
@@ -624,6 +654,7 @@ class DistributionStore:
             ImageOnHosts(
                 distribution_id=DistributionId(row["distribution_id"]),
                 image_id=row["image_id"],
+                state=DistributionState(row["state"]),
                 hosts=row["hosts"],
             )
             for row in rows

@@ -190,6 +190,7 @@ class ImageOnHosts:
 
     distribution_id: DistributionId
     image_id: str
+    state: DistributionState
     hosts: Sequence[str]
 
 

@@ -175,6 +175,9 @@ class EstimateView(View):
     )
     ends_at: datetime | None
     is_in_time: bool | None = Field(description="whether the deadline is, or will be, met")
+    cluster_bytes_per_second: int | None = Field(
+        description="what the hosts of all distributions together may fetch"
+    )
 
 
 class DistributionView(View):
@@ -306,6 +309,9 @@ class PlanView(View):
     slowest_host: str | None
     begins_at: datetime | None = Field(description="when a window is open next")
     is_in_time: bool | None = Field(description="whether the deadline is possible at all")
+    cluster_bytes_per_second: int | None = Field(
+        description="what the hosts of all distributions together may fetch"
+    )
 
 
 @router.post(
@@ -391,6 +397,7 @@ async def plan(
             seed_bytes_per_second=settings.link_bytes_per_second,
             hosts_bytes_per_second=links,
             total_bytes_per_second=how.total_bytes_per_second,
+            cluster_bytes_per_second=settings.cluster_bytes_per_second,
         )
     begins_at = rollout.next_open(how.windows, datetime.now(UTC))
     is_in_time = None
@@ -414,6 +421,7 @@ async def plan(
         slowest_host=found.slowest_host if found else None,
         begins_at=begins_at,
         is_in_time=is_in_time,
+        cluster_bytes_per_second=settings.cluster_bytes_per_second,
     )
 
 
@@ -448,6 +456,7 @@ async def show_distribution(
         record,
         hosts,
         seed_bytes_per_second=settings.link_bytes_per_second,
+        cluster_bytes_per_second=settings.cluster_bytes_per_second,
         now=datetime.now(UTC),
     )
     view = DistributionNow.of(record, found)

@@ -27,10 +27,12 @@ class Efficiency:
         distributions: DistributionStore,
         *,
         seed_bytes_per_second: int,
+        cluster_bytes_per_second: int | None = None,
         over_bound: Histogram,
     ) -> None:
         self._distributions = distributions
         self._seed_bytes_per_second = seed_bytes_per_second
+        self._cluster_bytes_per_second = cluster_bytes_per_second
         self._over_bound = over_bound
         self._done: set[DistributionId] = set()
 
@@ -57,6 +59,7 @@ class Efficiency:
                 record,
                 hosts,
                 seed_bytes_per_second=self._seed_bytes_per_second,
+                cluster_bytes_per_second=self._cluster_bytes_per_second,
                 now=datetime.now(UTC),
             )
             self._done.discard(distribution_id)

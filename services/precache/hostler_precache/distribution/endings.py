@@ -6,7 +6,7 @@ notifications of an aggregate can listen to these; what is only ours is said in 
 
 from collections.abc import Collection, Sequence
 
-from hostler_common import db
+from hostler_common import db, outbox
 from hostler_common.bus import EventType, Message
 from hostler_precache import messages
 from hostler_precache.distribution.distribution_store import DistributionStore
@@ -19,13 +19,27 @@ async def beginnings_of(
     distributions: DistributionStore,
     begun: Collection[DistributionId],
 ) -> list[Message]:
-    """An event for each distribution whose hosts may begin to get the image."""
-    if not begun:
-        return []
+    """An event for each distribution whose hosts may begin to get the image, if it was not told before."""
+    started = await distributions.tell_started(connection, begun) if begun else []
     return [
         _aggregate(messages.CACHE_START, one)
-        for one in await distributions.on_hosts(connection, begun)
+        for one in await distributions.on_hosts(connection, started)
     ]
+
+
+async def tell(distributions: DistributionStore) -> None:
+    """Of every distribution that is over, however it came to that, it was told once that it has ended.
+
+    What ends a distribution need not know of this: hosts that have all ended, an operator, a policy, an image that is
+    gone, a fetch that failed. Call it every second or so.
+    """
+    while True:
+        async with db.transaction(distributions.pool) as connection:
+            ended = await distributions.tell_ended(connection)
+            on_hosts = await distributions.on_hosts(connection, ended)
+            await outbox.add(connection, [_aggregate(messages.CACHE_END, one) for one in on_hosts])
+        if not ended:
+            return
 
 
 async def events_of(
@@ -35,11 +49,8 @@ async def events_of(
     ended: Sequence[HostEnded],
     finished: Sequence[DistributionId],
 ) -> list[Message]:
-    """An event for each host that ended, in Nova's words, and two for each distribution that is done."""
+    """An event for each host that ended, in Nova's words, and one for each distribution that is done."""
     events = [_progress(one) for one in ended]
-    if finished:
-        on_hosts = await distributions.on_hosts(connection, finished)
-        events += [_aggregate(messages.CACHE_END, one) for one in on_hosts]
     for distribution_id in finished:
         image_id, states = await distributions.host_states(connection, distribution_id)
         events.append(
@@ -56,11 +67,13 @@ async def events_of(
 def _aggregate(
     event: EventType[messages.AggregateCacheImages], distribution: ImageOnHosts
 ) -> Message:
-    """What Nova says of an aggregate when it begins to cache images there, and when it has."""
+    """What Nova says of an aggregate when it begins to cache images there, and when it goes on no more."""
+    state = distribution.state
     data = messages.AggregateData(
         uuid=str(distribution.distribution_id),
         name=distribution.image_id,
         hosts=list(distribution.hosts),
+        metadata={"state": state.value} if state.is_over else {},
     )
     return event.message(
         messages.AggregateCacheImages(

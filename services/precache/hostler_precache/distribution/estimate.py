@@ -29,6 +29,7 @@ class Estimate:
     over_bound: float | None
     ends_at: datetime | None
     is_in_time: bool | None
+    cluster_bytes_per_second: int | None = None
 
 
 def estimate(
@@ -36,6 +37,7 @@ def estimate(
     hosts: Sequence[HostProgress],
     *,
     seed_bytes_per_second: int,
+    cluster_bytes_per_second: int | None = None,
     now: datetime,
 ) -> Estimate | None:
     """The estimate; None while the size of the image is not known.
@@ -61,6 +63,7 @@ def estimate(
         seed_bytes_per_second=seed_bytes_per_second,
         hosts_bytes_per_second=links,
         total_bytes_per_second=rollout.total_bytes_per_second,
+        cluster_bytes_per_second=cluster_bytes_per_second,
     )
     found = bound.with_source(found, _source_seconds(distribution, now))
     elapsed = _elapsed_seconds(distribution, receiving, now)
@@ -89,6 +92,7 @@ def estimate(
         over_bound=over_bound,
         ends_at=ends_at,
         is_in_time=_is_in_time(distribution, by_deadline, now),
+        cluster_bytes_per_second=cluster_bytes_per_second,
     )
 
 

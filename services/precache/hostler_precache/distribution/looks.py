@@ -51,9 +51,16 @@ class _Watched:
 class Looks:
     """The distributions that somebody watches at this replica."""
 
-    def __init__(self, distributions: DistributionStore, *, seed_bytes_per_second: int) -> None:
+    def __init__(
+        self,
+        distributions: DistributionStore,
+        *,
+        seed_bytes_per_second: int,
+        cluster_bytes_per_second: int | None = None,
+    ) -> None:
         self._distributions = distributions
         self._seed_bytes_per_second = seed_bytes_per_second
+        self._cluster_bytes_per_second = cluster_bytes_per_second
         self._watched: dict[UUID, _Watched] = {}
 
     async def watch(
@@ -113,6 +120,7 @@ class Looks:
                 record,
                 hosts,
                 seed_bytes_per_second=self._seed_bytes_per_second,
+                cluster_bytes_per_second=self._cluster_bytes_per_second,
                 now=datetime.now(UTC),
             ),
             hosts=hosts,

@@ -104,9 +104,22 @@ class GlanceFetcher:
     async def open(self, image: Image) -> AsyncIterator[Source]:
         """The stream of `GET /v2/images/{id}/file`; see `plugins.Fetcher`."""
         glance = self._surroundings.glance()
-        path = f"v2/images/{quote(image.image_id, safe='')}/file"
-        async with _Download(_asking(glance, path), image) as download:
-            yield download.source()
+        path = f"v2/images/{quote(image.image_id, safe='')}"
+        try:
+            async with _Download(_asking(glance, f"{path}/file"), image) as download:
+                yield download.source()
+        except SourceError as exc:
+            if exc.reason == "source.empty" and await _is_gone(glance, path):
+                raise SourceError(
+                    "source.deleted", "the image was deleted while its fetch began"
+                ) from exc
+            raise
+
+
+async def _is_gone(glance: Service, path: str) -> bool:
+    """Whether there is no such image: deleted in the middle of a request, its data is found missing first."""
+    async with glance.get(path) as response:
+        return response.status in (404, 410)
 
 
 class SwiftFetcher:

@@ -22,6 +22,7 @@ from hostler_precache.distribution.distributions import (
     SwarmRule,
     Wanted,
 )
+from hostler_precache.distribution.shares import Receivers
 from hostler_precache.store import MAX_BIGINT, blob_record
 from hostler_precache.transfer.manifest import BlobId
 
@@ -422,6 +423,38 @@ class SwarmStore:
         return dict(row)
 
     # --- swarms
+
+    async def receivers(self, *, within_seconds: float) -> list[Receivers]:
+        """Who gets what now, or is about to, of the hosts that were heard of lately, by distribution.
+
+        A host that gets one image is not counted for another that waits its turn there.
+        """
+        async with db.connection(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT distribution_id, total_bytes_per_second, most, count(*) AS hosts FROM"
+                "   (SELECT d.distribution_id, d.total_bytes_per_second,"
+                "      least(nullif(host.link_bytes_per_second, 0), d.host_bytes_per_second)"
+                "        AS most, h.state = 'transferring' AS is_moving,"
+                "      bool_or(h.state = 'transferring') OVER (PARTITION BY h.host) AS is_busy"
+                "    FROM distribution d JOIN distribution_host h USING (distribution_id)"
+                "    JOIN host ON host.host = h.host"
+                "    WHERE d.state = 'distributing' AND d.paused_at IS NULL AND d.is_open"
+                "      AND h.wave <= d.wave AND h.state IN ('waiting', 'transferring')"
+                "      AND host.seen_at > now() - make_interval(secs => $1)) open"
+                " WHERE is_moving OR NOT is_busy"
+                " GROUP BY distribution_id, total_bytes_per_second, most",
+                within_seconds,
+            )
+        found: dict[DistributionId, dict[int | None, int]] = {}
+        totals: dict[DistributionId, int | None] = {}
+        for row in rows:
+            distribution_id = DistributionId(row["distribution_id"])
+            found.setdefault(distribution_id, {})[row["most"]] = row["hosts"]
+            totals[distribution_id] = row["total_bytes_per_second"]
+        return [
+            Receivers(distribution_id=one, total_bytes_per_second=totals[one], hosts=found[one])
+            for one in found
+        ]
 
     async def swarm(self, blob_id: BlobId, *, within_seconds: float) -> SwarmRecord:
         """Who has the blob or is told to get it, who of them was heard of lately, and under which limits."""

@@ -20,8 +20,10 @@ from hostler_precache.distribution.distributions import (
     SwarmRule,
     Wanted,
 )
+from hostler_precache.distribution.shares import Shares
 from hostler_precache.envelope import CacheCall
 from hostler_precache.swarming import graph, tokens
+from hostler_precache.swarming.budget import Budget
 from hostler_precache.swarming.swarm_store import SwarmStore
 from hostler_precache.transfer.manifest import BlobId
 
@@ -210,10 +212,15 @@ class _Swarm:
         rules = self._rules_of(host)
         return all(rule.is_halted for _, rule in rules) if rules else None
 
-    def limit_bytes_per_second(self, host: str) -> int | None:
+    def distributions_of(self, host: str) -> list[DistributionId]:
+        """Those that want the blob on the host."""
+        return [one for one, _ in self._rules_of(host)]
+
+    def limit_bytes_per_second(self, host: str, cluster: Shares | None) -> int | None:
         """What the host may fetch, by the most generous of its distributions.
 
-        That is the distribution's limit of a host, or its share of what all may fetch.
+        That is the distribution's limit of a host, or its share of what all of it may fetch, or of what the
+        whole cluster may.
         """
         limits = []
         for distribution_id, rule in self._rules_of(host):
@@ -223,10 +230,12 @@ class _Swarm:
             share = None
             if total is not None:
                 share = max(1, total // max(1, self._moving[distribution_id]))
-            both = [one for one in (rule.host_bytes_per_second, share) if one is not None]
-            if not both:
+            of_all = None if cluster is None else cluster.of(distribution_id)
+            named = (rule.host_bytes_per_second, share, of_all)
+            known = [one for one in named if one is not None]
+            if not known:
                 return None
-            limits.append(min(both))
+            limits.append(min(known))
         return max(limits, default=None)
 
     def _rules_of(self, host: str) -> list[tuple[DistributionId, SwarmRule]]:
@@ -244,7 +253,16 @@ class Tracker:
     it current, so what another replica was told is known here a second later.
     """
 
-    def __init__(self, swarms: SwarmStore, *, member_seconds: float) -> None:
+    def __init__(
+        self,
+        swarms: SwarmStore,
+        *,
+        member_seconds: float,
+        cluster_bytes_per_second: int | None = None,
+    ) -> None:
+        self._budget = Budget(
+            swarms, bytes_per_second=cluster_bytes_per_second, member_seconds=member_seconds
+        )
         self._store = swarms
         self._member_seconds = member_seconds
         self._swarms: dict[BlobId, _Swarm] = {}
@@ -255,7 +273,7 @@ class Tracker:
         """Whom a host is to ask for a blob, and how fast."""
         known = await self._known(blob_id)
         assert known.record is not None
-        limit = known.limit_bytes_per_second(host)
+        limit = await self._limit(known, host)
         return protocol.Swarm.model_construct(
             seeds=list(known.record.seeds),
             neighbours=known.neighbours(host, banned=banned),
@@ -268,7 +286,7 @@ class Tracker:
     ) -> protocol.Swarm | None:
         """The swarm, or None where the host goes by it already."""
         known = await self._known(blob_id)
-        limit = known.limit_bytes_per_second(host)
+        limit = await self._limit(known, host)
         if told.swarm_version == known.version(limit, told.banned):
             return None
         return await self.swarm(host, blob_id, banned=told.banned)
@@ -304,6 +322,7 @@ class Tracker:
 
     def forget(self, blob_id: BlobId) -> None:
         """Distributions of the blob have changed: it is read again when somebody asks."""
+        self._budget.forget()
         known = self._swarms.get(blob_id)
         if known is not None:
             # another one: what is being read now may be of before
@@ -327,6 +346,10 @@ class Tracker:
                     await known.take(await self._read(blob_id))
             if not is_wanted:
                 del self._swarms[blob_id]
+
+    async def _limit(self, known: _Swarm, host: str) -> int | None:
+        cluster = await self._budget.shares(known.distributions_of(host))
+        return known.limit_bytes_per_second(host, cluster)
 
     async def _known(self, blob_id: BlobId) -> _Swarm:
         known = self._swarms.get(blob_id)

@@ -25,22 +25,22 @@ from typing import BinaryIO, Final
 
 from aiohttp import HttpVersion11, hdrs, web
 
-from hostler_common import errors, logs
+from hostler_common import admission, errors, logs
 from hostler_precache.swarming import tokens, uploads
 from hostler_precache.swarming.swarm import SeedPolicy
 from hostler_precache.transfer import piece_maps
-from hostler_precache.transfer.manifest import BlobId, PieceList, Span
+from hostler_precache.transfer.manifest import MAX_PIECE_BYTES, BlobId, PieceList, Span
 from hostler_precache.transfer.piece_maps import Watcher
 
 log = logs.get(__name__)
 
 HOST_HEADER: Final = "Hostler-Host"
 SPREAD_SECONDS: Final = 2.0
-# a reader slower than this for a whole piece gives its slot back to the others
+# a reader slower than this, for a piece or as much of an image, loses its connection, and its slot at the latest then
 SLOWEST_BYTES_PER_SECOND: Final = 128 * 1024
 _SEND_FLOOR_SECONDS: Final = 20.0
 REMEMBERED_TOKENS: Final = 1024
-# of one blob; whoever names more makes them up
+# of one blob; whoever names more makes them up, and has to fetch something for each
 COUNTED_DISTRIBUTIONS: Final = 1000
 KEPT_FILES: Final = 8
 _TLS_CHUNK_BYTES: Final = 256 * 1024
@@ -202,10 +202,13 @@ class Blob:
         return grant
 
     def add_sent(self, distribution_id: str, sent_bytes: int) -> None:
-        """So many bytes have left for the distribution."""
-        is_known = distribution_id in self.sent_bytes
-        if is_known or len(self.sent_bytes) < COUNTED_DISTRIBUTIONS:
-            self.sent_bytes[distribution_id] += sent_bytes
+        """So many bytes have left for the distribution; of too many, those with the fewest are forgotten."""
+        if not sent_bytes:
+            return
+        counted = self.sent_bytes
+        if distribution_id not in counted and len(counted) >= COUNTED_DISTRIBUTIONS:
+            del counted[min(counted, key=counted.__getitem__)]
+        counted[distribution_id] += sent_bytes
 
     async def tell(self, watcher: Watcher) -> None:
         """The watcher is told what is here, and from then on what is added or claimed, until it has ended."""
@@ -253,6 +256,7 @@ class BlobServer:
         self._on_watcher = on_watcher
         self._stopping = False
         self._piece_seconds = 0.0
+        self._admission = admission.Admission()
 
     def attach(self, app: web.Application) -> None:
         """Add the routes to an application that is not started yet."""
@@ -262,6 +266,7 @@ class BlobServer:
             "/v1/blobs/{blob_id}/pieces", _answering(self._pieces), allow_head=False
         )
         app.on_shutdown.append(self._stop)
+        self._admission = app.get(admission.KEY, self._admission)
 
     def serve(self, blob: Blob) -> None:
         """The blob is served from now on."""
@@ -381,15 +386,18 @@ class BlobServer:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the asker went away")
-        limit = _SEND_FLOOR_SECONDS + span.length / SLOWEST_BYTES_PER_SECOND
+        loop = asyncio.get_running_loop()
         count = 0
         with blob.opened() as file:
             file.seek(span.start)
             try:
-                async with asyncio.timeout(limit):
+                async with asyncio.timeout(None) as patience:
                     with _corked(transport):  # the head leaves with the first bytes
-                        await response.prepare(request)
-                        await _transmit(transport, response, file, span)
+                        for portion in _portions(span):
+                            patience.reschedule(loop.time() + _patience_seconds(portion))
+                            if not response.prepared:
+                                await response.prepare(request)
+                            await _transmit(transport, response, file, portion)
             except TimeoutError as exc:
                 transport.abort()
                 raise ConnectionResetError("the asker reads too slowly") from exc
@@ -410,7 +418,9 @@ class BlobServer:
         blob = self._blobs.get(BlobId(request.match_info["blob_id"]))
         if blob is None:
             raise BlobNotFound("no such blob is served here")
-        return blob, blob.granted(token)
+        grant = blob.granted(token)
+        self._admission.is_known(request)
+        return blob, grant
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -502,6 +512,16 @@ def _corked(transport: asyncio.Transport) -> Iterator[None]:
     finally:
         if not transport.is_closing():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
+
+def _portions(span: Span) -> Iterator[Span]:
+    """What a reader has to show its speed by: a piece, or of a whole image no more than of the largest one."""
+    for start in range(span.start, span.stop, MAX_PIECE_BYTES):
+        yield Span(start=start, stop=min(start + MAX_PIECE_BYTES, span.stop))
+
+
+def _patience_seconds(portion: Span) -> float:
+    return _SEND_FLOOR_SECONDS + portion.length / SLOWEST_BYTES_PER_SECOND
 
 
 async def _transmit(

@@ -15,7 +15,7 @@ obeys; see tcp(7) and tcp_set_rcvlowat in the kernel): the mark is never more th
 come of this answer, so whatever the peer has sent of it is read, and the end of the connection wakes
 us in any case. Not with TLS: of a record that has come in part nobody knows what is still to come.
 
-Where the rate of our link is known, a connection has a receive window to match (`windows`). Else
+Where the rate of our link is known, connections share receive windows to match (`windows`). Else
 sockets keep the kernel's own sizing of receive buffers, which grows further than SO_RCVBUF may.
 
 What a peer tells line by line, for as long as both live, comes on a connection of its own (`listen`),
@@ -36,9 +36,10 @@ from functools import lru_cache, partial
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import urlsplit
 
-from hostler_precache.transfer import response_head, windows
+from hostler_precache.transfer import response_head
 from hostler_precache.transfer.pieces import Landing
 from hostler_precache.transfer.response_head import Head, HeadError
+from hostler_precache.transfer.windows import Window, Windows
 from hostler_precache.transfer.writers import Writers
 
 CONNECT_SECONDS: Final = 5.0
@@ -95,7 +96,7 @@ class Connections:
             link_bytes_per_second: what our link carries, where that is known.
         """
         self.tls = tls
-        self._link_bytes_per_second = link_bytes_per_second
+        self._windows = Windows(link_bytes_per_second) if link_bytes_per_second else None
         self._idle: dict[_Address, list[_Connection]] = defaultdict(list)
         self._open: set[_Connection] = set()
         self._blocks = _Blocks()
@@ -222,7 +223,7 @@ class Connections:
             lambda: _Connection(
                 self._blocks,
                 self._writers,
-                link_bytes_per_second=self._link_bytes_per_second,
+                windows=self._windows,
                 on_lost=lambda connection: self._forget(address, connection),
             ),
             timeout_seconds,
@@ -308,13 +309,13 @@ class _Connection(asyncio.BufferedProtocol):
         blocks: _Blocks,
         writers: Writers,
         *,
-        link_bytes_per_second: int | None,
+        windows: Windows | None,
         on_lost: Callable[["_Connection"], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._blocks = blocks
         self._writers = writers
-        self._link_bytes_per_second = link_bytes_per_second
+        self._windows = windows
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._phase = _Phase.IDLE
@@ -323,8 +324,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._failure: BaseException | None = None
         self._socket: socket.socket | None = None  # whose mark is set; none with TLS
         self._mark_bytes = 1
-        self._window: windows.Window | None = None
-        self._awake_bytes = AWAKE_BYTES
+        self._window: Window | None = None
         # one timer for all that may be late; it looks again by itself, so few are made
         self._timer: asyncio.TimerHandle | None = None
         self._limit = _Limit()
@@ -359,8 +359,6 @@ class _Connection(asyncio.BufferedProtocol):
         self._filled = 0
         if self._window is not None:
             self._window.fit()
-            if self._window.bytes is not None:  # the other third comes while we are about to read
-                self._awake_bytes = min(AWAKE_BYTES, self._window.bytes * 2 // 3)
         self._moved_at = self._loop.time()
         self._limit = limit
         self._watch()
@@ -404,8 +402,8 @@ class _Connection(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         connection = transport.get_extra_info("socket")
-        if self._link_bytes_per_second is not None:
-            self._window = windows.Window(connection, self._link_bytes_per_second)
+        if self._windows is not None:
+            self._window = self._windows.open(connection)
         if transport.get_extra_info("sslcontext") is None:
             self._socket = connection
 
@@ -425,6 +423,8 @@ class _Connection(asyncio.BufferedProtocol):
         if self._phase is _Phase.BODY and nbytes <= self._left:
             self._filled += nbytes
             self._left -= nbytes
+            if not self._left:
+                self._receives_no_more()
             self._set_mark(min(self._awake_bytes, self._left))
             self._advance()
         elif self._phase is _Phase.HEAD:
@@ -474,6 +474,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._block[: len(body)] = body
         self._head = head
         self._phase = _Phase.BODY
+        if self._left and self._windows is not None and self._window is not None:
+            self._windows.begin(self._window)
         self._set_mark(min(self._awake_bytes, self._left))
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -531,6 +533,7 @@ class _Connection(asyncio.BufferedProtocol):
         if self._phase is _Phase.CLOSED:
             return
         self._phase = _Phase.CLOSED
+        self._receives_no_more()
         self._failure = failure
         self._landing = None
         self._drop_block()
@@ -541,6 +544,10 @@ class _Connection(asyncio.BufferedProtocol):
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_exception(failure)
+
+    def _receives_no_more(self) -> None:
+        if self._windows is not None and self._window is not None:
+            self._windows.end(self._window)
 
     def _drop_block(self) -> None:
         # never one that a thread works on: that one is not `_block` any more
@@ -558,6 +565,15 @@ class _Connection(asyncio.BufferedProtocol):
             self._is_paused = False
             self._moved_at = self._loop.time()
             self._transport.resume_reading()
+
+    @property
+    def _awake_bytes(self) -> int:
+        """How much has to be there for us to be woken."""
+        if self._window is None or self._window.bytes is None:
+            return AWAKE_BYTES
+        return min(
+            AWAKE_BYTES, self._window.bytes * 2 // 3
+        )  # the rest comes while we are about to read
 
     def _set_mark(self, count: int) -> None:
         """Wake us when that many bytes are there, which must still be to come; for 0, when any is."""

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from hostler_common import admission
 from hostler_precache.transfer.blobs import BlobServer
 
 
@@ -21,14 +22,10 @@ async def serving(
 ) -> AsyncIterator[None]:
     """The server answers on the listening socket, which is closed in the end."""
     application = web.Application()
+    application[admission.KEY] = admission.Admission()
     server.attach(application)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=drain_seconds)
-    await runner.setup()
-    try:
-        await web.SockSite(runner, listener, ssl_context=tls).start()
+    async with admission.serving(application, listener, drain_seconds=drain_seconds, tls=tls):
         yield
-    finally:
-        await runner.cleanup()
 
 
 async def serve(

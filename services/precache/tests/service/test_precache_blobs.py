@@ -113,7 +113,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
 
 
 @asynccontextmanager
-async def stalled(client: Client, path: str) -> AsyncIterator[None]:
+async def stalled(client: Client, path: str) -> AsyncIterator[socket.socket]:
     """Somebody asks, reads the head of the answer, and then nothing more."""
     address = client.url.removeprefix("http://").split(":")
     with socket.socket() as asker:
@@ -127,7 +127,7 @@ async def stalled(client: Client, path: str) -> AsyncIterator[None]:
         ]  # fmt: skip
         await loop.sock_sendall(asker, "\r\n".join(head).encode())
         assert (await loop.sock_recv(asker, 9)) == b"HTTP/1.1 "
-        yield
+        yield asker
 
 
 @pytest.mark.parametrize(
@@ -418,6 +418,19 @@ async def test_what_a_liar_names_is_no_distribution_that_bytes_are_counted_for(
         signed = f"Bearer {tokens.mint(grant, KEY)}"
         assert (await client.range("0-9", authorization=signed))[0] == 206
     assert len(blob.sent_bytes) == 3
+    # what they make up is forgotten first, before it and after it
+    assert (await client.range(f"0-{PIECE - 1}"))[0] == 206
+    for number in range(100, 109):
+        name = str(uuid.UUID(int=number))
+        grant = tokens.Grant(blob_id=BLOB, distribution_id=name, expires_at=1 << 40)
+        signed = f"Bearer {tokens.mint(grant, KEY)}"
+        assert (await client.range("0-9", authorization=signed))[0] == 206
+
+    async def counted() -> bool:
+        return bool(blob.sent_bytes[DISTRIBUTION] == PIECE)
+
+    await testing.eventually(counted)
+    assert len(blob.sent_bytes) == 3
 
 
 async def test_tokens_that_are_remembered_are_bounded(serve: Serve) -> None:
@@ -426,3 +439,24 @@ async def test_tokens_that_are_remembered_are_bounded(serve: Serve) -> None:
         blob.granted(token(seconds=60 + number))
     assert len(blob._grants) <= blobs.REMEMBERED_TOKENS
     assert (await client.range("0-9"))[0] == 206
+
+
+@pytest.mark.parametrize("portion_bytes", [LARGE_PIECE, 4096], ids=["piece", "image"])
+async def test_who_reads_byte_by_byte_loses_its_connection_however_large_the_image_is(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, portion_bytes: int
+) -> None:
+    monkeypatch.setattr(blobs, "_SEND_FLOOR_SECONDS", 0.3)
+    # the whole image may take two hours, if it comes steadily; what one portion may take is short
+    monkeypatch.setattr(blobs, "SLOWEST_BYTES_PER_SECOND", portion_bytes // 2)
+    monkeypatch.setattr("hostler_precache.transfer.blobs.MAX_PIECE_BYTES", portion_bytes)
+    client, blob = await serve(data=LARGE, piece_bytes=LARGE_PIECE, have=0b11)
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(20), stalled(client, "") as asker:
+        while not blob.sent_bytes:
+            assert len(await loop.sock_recv(asker, 1)) == 1
+            await asyncio.sleep(0.02)
+        asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        with contextlib.suppress(ConnectionResetError):
+            while await loop.sock_recv(asker, 65536):  # what was on its way
+                pass
+    assert 0 < blob.sent_bytes[DISTRIBUTION] < len(LARGE)

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -71,6 +72,32 @@ async def test_an_image_reaches_three_hosts_and_little_more_than_one_copy_leaves
         assert sum(host["sent_bytes"] for host in answer["progress"]) == by_peers
         assert sum(host["wasted_bytes"] for host in answer["progress"]) <= 0.01 * 3 * len(data)
         assert source.requests == ["image"]
+
+
+async def test_three_distributions_at_once_move_no_faster_than_the_whole_cluster_may(
+    precache: Any, start_agent: Any, source: Any, make_image: Any, request_of: Any, over: Over,
+) -> None:  # fmt: skip
+    images = {str(uuid.uuid4()): make_image(2 * MIB, seed=number) for number in range(3)}
+    loop = asyncio.get_running_loop()
+    async with precache(cluster_bytes_per_second=2 * MIB) as service:
+        places = [await start_agent(f"host-{number}", service.url) for number in range(2)]
+        began = loop.time()
+        made = []
+        for image_id, data in images.items():
+            body = request_of(
+                image_id, source.add(image_id, data), data, hosts=["host-0", "host-1"]
+            )
+            made.append(await service.api.post("/v1/distributions", body))
+        for one in made:
+            answer = await over(service.api, one["distribution_id"], seconds=60)
+            assert answer["host_states"] == {"cached": 2}
+            assert answer["estimate"]["limit"] == "the cluster's bandwidth"
+        seconds = loop.time() - began
+        for image_id, data in images.items():
+            for place in places:
+                assert (place / image_id).read_bytes() == data
+    # of the 12 MiB some move before shares are known; a slow machine is only further below
+    assert seconds > 3
 
 
 async def test_a_second_distribution_and_a_late_host_fetch_nothing_from_the_source(

@@ -107,6 +107,7 @@ async def test_one_whose_last_canary_was_skipped_is_counted_at_once_or_when_it_i
     counted, tracking = Counted(control), Tracker(control.swarms, member_seconds=30)
     settings = cast("Settings", SimpleNamespace(
         canary_silent_seconds=0.0, public_url=None, token_seconds=60, link_bytes_per_second=10,
+        cluster_bytes_per_second=None,
     ))  # fmt: skip
     rollouts = Rollouts(
         settings=settings, store=control.store, distributions=control.distributions,

@@ -320,6 +320,75 @@ async def test_a_limit_of_all_hosts_is_shared_by_those_that_still_move(
     assert image["limit_bytes_per_second"] is None
 
 
+@pytest.mark.parametrize("settings", [{"cluster_bytes_per_second": 6 * MIB}])
+async def test_what_all_distributions_may_move_together_is_shared_by_those_that_move(
+    cloud: Cloud, distribute: Any, image_id: str
+) -> None:
+    async def limits(**expected: int) -> None:
+        async def are_these() -> bool:
+            found = {}
+            for host in expected:
+                (image,) = await cloud.desired(host)
+                found[host] = image["limit_bytes_per_second"]
+            return found == expected
+
+        await testing.eventually(are_these)
+
+    body = {"image_id": image_id, "hosts": ["h1", "h2"]}
+    plan = await cloud.api.post("/v1/plans", body)
+    assert (plan["limit"], plan["cluster_bytes_per_second"]) == (
+        "the cluster's bandwidth",
+        6 * MIB,
+    )
+    one = await distribute(hosts=["h1", "h2"])
+    assert one["estimate"]["limit"] == "the cluster's bandwidth"
+    page = await cloud.page(f"/distributions/{one['distribution_id']}")
+    assert "At most 6.0 MiB/s of all distributions together." in page
+    await limits(h1=3 * MIB, h2=3 * MIB)
+    other = await distribute(hosts=["h3"])
+    await limits(h1=3 * MIB // 2, h2=3 * MIB // 2, h3=3 * MIB)
+    path = f"/v1/distributions/{other['distribution_id']}"
+    await cloud.api.post(f"{path}/pause", {})
+    await limits(h1=3 * MIB)
+    await cloud.api.post(f"{path}/resume", {})
+    await limits(h1=3 * MIB // 2, h3=3 * MIB)
+    # what one leaves because of its own limit is for the others
+    await cloud.api.call("PATCH", path, body={"total_bytes_per_second": MIB})
+    await limits(h1=5 * MIB // 2, h3=MIB)
+    await cloud.end("h3", "cached")
+    await limits(h1=3 * MIB)
+    await cloud.end("h2", "cached")
+    await limits(h1=6 * MIB)
+
+
+@pytest.mark.parametrize("settings", [{"cluster_bytes_per_second": 6 * MIB}])
+async def test_a_host_that_gets_one_image_takes_no_share_of_another_that_waits_its_turn_there(
+    cloud: Cloud, distribute: Any, request_of: Any, make_image: Any, source: Any
+) -> None:
+    data = make_image(MIB, seed=2)
+    other_id = str(uuid.uuid4())
+    body = request_of(other_id, source.add("other", data), data, hosts=["h1"])
+    await cloud.api.post("/v1/distributions", body)
+    await distribute(hosts=["h1"])
+
+    async def both() -> bool:
+        return len(await cloud.desired("h1")) == 2
+
+    await testing.eventually(both)
+    first, second = await cloud.desired("h1")
+    keys = {key: first[key] for key in ("distribution_id", "blob_id")}
+    await cloud.speak("h1", state="transferring", **keys)
+
+    async def has_all() -> bool:
+        images = {one["blob_id"]: one for one in await cloud.desired("h1")}
+        return bool(images[first["blob_id"]]["limit_bytes_per_second"] == 6 * MIB)
+
+    await testing.eventually(has_all)
+    # it may begin with its part, and has its share with its first report
+    (waiting,) = [o for o in await cloud.desired("h1") if o["blob_id"] == second["blob_id"]]
+    assert waiting["limit_bytes_per_second"] == 3 * MIB
+
+
 async def test_what_a_policy_could_not_fetch_says_how_often_why_and_when_it_is_tried_again(
     cloud: Cloud,
 ) -> None:
@@ -459,6 +528,7 @@ async def test_every_host_that_ends_is_told_in_novas_words(
     await cloud.end("h1", "cached")
     await cloud.end("h2", "error", reason="storage.no_space")
     (ended,) = await hostler_inbox("aggregate.cache_images.end")
+    started["payload"]["nova_object.data"]["metadata"] = {"state": "done"}
     assert ended == {**started, "event_type": "aggregate.cache_images.end"}
     first, second = await hostler_inbox("aggregate.cache_images.progress", count=2)
     assert first["event_type"] == "aggregate.cache_images.progress"
@@ -469,6 +539,16 @@ async def test_every_host_that_ends_is_told_in_novas_words(
     assert (data["images_cached"], data["images_failed"]) == ([image_id], [])
     data = second["payload"]["nova_object.data"]
     assert (data["images_cached"], data["images_failed"]) == ([], [image_id])
+
+
+async def test_whoever_waits_for_the_end_of_a_distribution_hears_that_it_was_cancelled(
+    cloud: Cloud, distribute: Any, hostler_inbox: Any
+) -> None:
+    answer = await distribute(hosts=["h1"])
+    await cloud.api.delete(f"/v1/distributions/{answer['distribution_id']}")
+    (ended,) = await hostler_inbox("aggregate.cache_images.end")
+    data = ended["payload"]["nova_object.data"]
+    assert (data["uuid"], data["metadata"]) == (answer["distribution_id"], {"state": "cancelled"})
 
 
 @pytest.mark.parametrize(

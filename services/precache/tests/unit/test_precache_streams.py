@@ -23,6 +23,7 @@ from hostler_precache.sources import fetchers, listers, plugins
 from hostler_precache.sources.access import TempAuth
 from hostler_precache.sources.fetch import Fetched, fetch
 from hostler_precache.sources.source import SourceError
+from hostler_precache.transfer import manifest
 
 MIB = 1 << 20
 DATA = testing.image_of(3 * MIB + 77)
@@ -642,3 +643,29 @@ async def test_a_source_that_hangs_is_given_up(
         error = await refused(session, url, tmp_path / "blob", source_hash=None)
         ended.set()
     assert (error.reason, error.is_transient) == ("source.truncated", True)
+
+
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        (web.Response(status=404), "source.deleted"),
+        ({"id": "x", "status": "queued"}, "source.empty"),
+        (web.Response(status=503), "source.empty"),
+    ],
+    ids=["gone", "queued", "nobody knows"],
+)
+async def test_an_image_that_is_deleted_just_when_its_fetch_begins_is_said_to_be_deleted(
+    glance: Glance, session: aiohttp.ClientSession, then: Any, reason: str
+) -> None:
+    glance.pages = [web.Response(status=204), then]
+    fetcher = fetchers.GlanceFetcher(
+        plugins.Surroundings(
+            session=session, glance_url=glance.url, glance_token=SecretStr("first")
+        )
+    )
+    image = Image(image_id=manifest.ImageId("x"), fetcher="glance", location="", size_bytes=7)
+    with pytest.raises(SourceError) as caught:
+        async with fetcher.open(image):
+            pass
+    assert (caught.value.reason, caught.value.is_transient) == (reason, False)
+    assert glance.asked == ["/v2/images/x/file", "/v2/images/x"]
