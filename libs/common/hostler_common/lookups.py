@@ -26,7 +26,9 @@ class Loop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self._orders: SimpleQueue[tuple[_Lookup, asyncio.Future[_Addresses]]] = SimpleQueue()
+        self._orders: SimpleQueue[tuple[_Lookup, asyncio.Future[_Addresses]] | None] = (
+            SimpleQueue()
+        )
         self._threads = 0
         self._asked: dict[object, asyncio.Future[_Addresses]] = {}
 
@@ -45,9 +47,20 @@ class Loop(asyncio.SelectorEventLoop):
         asked = self._asked.get(key)
         if asked is None:
             asked = self._asked[key] = self.create_future()
-            asked.add_done_callback(lambda _: self._asked.pop(key))
+            asked.add_done_callback(partial(self._answered, key))
             self._order(partial(socket.getaddrinfo, *key), asked)
         return await asyncio.shield(asked)
+
+    def close(self) -> None:
+        """Nobody waits any more: threads end, but for those that hang."""
+        super().close()
+        for _ in range(self._threads):
+            self._orders.put(None)
+        self._threads = 0
+
+    def _answered(self, key: object, asked: asyncio.Future[_Addresses]) -> None:
+        del self._asked[key]
+        asked.exception()  # all who asked may have left by now: then that there is no answer is no news
 
     def _order(self, lookup: _Lookup, asked: asyncio.Future[_Addresses]) -> None:
         if self._threads < THREADS:
@@ -59,8 +72,8 @@ class Loop(asyncio.SelectorEventLoop):
         self._orders.put((lookup, asked))
 
     def _work(self) -> None:
-        while True:
-            lookup, asked = self._orders.get()
+        while (order := self._orders.get()) is not None:
+            lookup, asked = order
             try:
                 tell = partial(asked.set_result, lookup())
             except Exception as exc:  # noqa: BLE001  whoever asked is told
@@ -69,4 +82,4 @@ class Loop(asyncio.SelectorEventLoop):
                 self.call_soon_threadsafe(tell)
             except RuntimeError:  # nobody waits any more: the loop is closed
                 return
-            del lookup, asked, tell
+            del order, lookup, asked, tell

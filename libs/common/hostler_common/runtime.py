@@ -10,12 +10,13 @@ not committed never was.
 import asyncio
 import gc
 import random
+import resource
 import signal
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -245,6 +246,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def main(serve: Coroutine[Any, Any, None], *, service: str) -> int:
     """Run a process to its end and return its exit code; what stopped it is in the log, once, with its cause."""
+    _allow_descriptors()
     try:
         with asyncio.Runner(loop_factory=lookups.Loop) as runner:
             runner.run(serve)
@@ -263,6 +265,16 @@ def main(serve: Coroutine[Any, Any, None], *, service: str) -> int:
     else:
         return_code = 0
     return return_code
+
+
+def _allow_descriptors() -> None:
+    """As many may be open as the system lets this process have.
+
+    The usual 1,024 are for those who call select(2), which nobody does here: a seed has a thousand hosts connected.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # it does with fewer
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
+import pytest
 from aiohttp import web
 
 from hostler_common import admission, runtime
@@ -14,7 +15,7 @@ PATIENCE_SECONDS: Final = 20.0
 
 
 @asynccontextmanager
-async def port(*, strangers: int = 8, idle_seconds: float = 60.0) -> AsyncIterator[int]:
+async def port(*, strangers: int | None = 8, idle_seconds: float = 60.0) -> AsyncIterator[int]:
     """A server whose `/known` shows a right, and whose `/` shows none; its port."""
     application = web.Application()
     application[admission.KEY] = admission.Admission(strangers=strangers)
@@ -94,7 +95,7 @@ async def test_a_second_head_that_never_ends_closes_the_connection_too() -> None
 async def test_a_connection_on_which_nothing_is_asked_is_closed_and_one_that_is_used_is_kept() -> (
     None
 ):
-    async with port(idle_seconds=0.5) as number, connected(number) as used:
+    async with port(idle_seconds=3.0) as number, connected(number) as used:
         async with connected(number) as idle, asyncio.TaskGroup() as group:
             closed = group.create_task(idle.until_closed())
             while not closed.done():
@@ -129,10 +130,26 @@ async def test_one_who_has_left_takes_no_place_from_one_who_stays() -> None:
 
 
 async def test_hundreds_who_come_at_once_and_have_a_right_are_all_heard() -> None:
-    async with port(strangers=admission.STRANGERS) as number:
+    async with port(strangers=256) as number:
 
         async def come() -> bytes:
             async with connected(number) as one:
                 return await one.ask("/known")
 
         assert await asyncio.gather(*(come() for _ in range(400))) == [b"known"] * 400
+
+
+async def test_hundreds_who_have_a_right_and_ask_late_are_all_heard() -> None:
+    runtime._allow_descriptors()  # as every process does
+    async with port(strangers=None) as number, AsyncExitStack() as stack:
+        came = [await stack.enter_async_context(connected(number)) for _ in range(600)]
+        assert [await one.ask("/known") for one in came] == [b"known"] * 600
+
+
+def test_strangers_leave_three_quarters_of_the_descriptors_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))
+    assert admission.Admission()._limit == 256
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1 << 20, 1 << 20))
+    assert admission.Admission()._limit == admission.STRANGERS

@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -44,6 +45,18 @@ async def handled(migrated_url: str) -> AsyncIterator[Connection]:
     connection = await asyncpg.connect(migrated_url, server_settings={"search_path": "example"})
     yield connection
     await connection.close()
+
+
+def test_a_process_may_open_as_much_as_the_system_lets_it() -> None:
+    program = (
+        "import asyncio, resource\n"
+        "from hostler_common import runtime\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (512, 4096))\n"
+        "assert runtime.main(asyncio.sleep(0), service='test') == 0\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("(4096, 4096)\n", "")
 
 
 def url(environment: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """A name server that does not answer holds up those who ask for names, and nobody else."""
 
 import asyncio
+import gc
 import socket
 import threading
 from collections import Counter
@@ -24,9 +25,9 @@ class Resolver:
 
     def getaddrinfo(self, host: str, *_: object, **__: object) -> list[Any]:
         self.asked[host] += 1
-        if host.startswith("hangs"):
+        if host.startswith("hangs") or host == "nobody-slow":
             self.go_on.wait(60)
-        if host == "nobody":
+        if host.startswith("nobody"):
             raise socket.gaierror(socket.EAI_NONAME, "no such name")
         return ANSWER
 
@@ -108,3 +109,34 @@ def test_who_asks_for_a_name_that_there_is_not_is_told_so(resolver: Resolver) ->
     with asyncio.Runner(loop_factory=lookups.Loop) as runner:
         runner.run(work())
     assert resolver.asked == {"nobody": 2}
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_no_error_and_threads_end_with_their_loop(
+    resolver: Resolver, caplog: pytest.LogCaptureFixture
+) -> None:
+    def waiting() -> set[threading.Thread]:
+        return {one for one in threading.enumerate() if one.name.startswith("lookup-")}
+
+    async def work() -> set[threading.Thread]:
+        loop = asyncio.get_running_loop()
+        impatient = asyncio.create_task(loop.getaddrinfo("nobody-slow", 80))
+        await until_asked(resolver, 1)
+        impatient.cancel()
+        resolver.go_on.set()
+        await loop.getaddrinfo("another", 80)
+
+        async def is_answered() -> bool:
+            return not loop._asked  # type: ignore[attr-defined]
+
+        await eventually(is_answered)
+        gc.collect()
+        return waiting() - before
+
+    before = waiting()
+    with asyncio.Runner(loop_factory=lookups.Loop) as runner:
+        mine = runner.run(work())
+    assert mine
+    for thread in mine:
+        thread.join(20)
+    assert not waiting() - before
+    assert "never retrieved" not in caplog.text

@@ -1,7 +1,8 @@
 """What may move in the whole cluster, and what of it each host may have now.
 
 Read from the database by every replica for itself, every `CURRENT_SECONDS` while somebody asks, and when distributions
-have begun or changed: so all come to the same shares, a moment apart. Hosts are told with their next report.
+have begun or changed: so all come to the same shares, a moment apart. Hosts are told with their next report. Where
+that takes long, because tens of thousands of hosts move or the database is busy, it is read less often.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from hostler_precache.distribution.shares import Shares
 from hostler_precache.swarming.swarm_store import SwarmStore
 
 CURRENT_SECONDS: Final = 1.0
+MOST_OF_THE_TIME: Final = 1 / 20  # that goes into reading
 # of one that is not known yet: a thousand hosts ask about it at once
 UNKNOWN_SECONDS: Final = 0.1
 
@@ -38,6 +40,9 @@ class Budget:
         self._member_seconds = member_seconds
         self._shares: Shares | None = None
         self._read_at = -math.inf
+        self._lasts_seconds = CURRENT_SECONDS
+        # asked for, and not among those that move: paused ones, and those whose hosts are busy with others
+        self._still: set[DistributionId] = set()
         self._lock = asyncio.Lock()
 
     async def shares(self, distribution_ids: Iterable[DistributionId]) -> Shares | None:
@@ -55,9 +60,15 @@ class Budget:
             async with self._lock:
                 current = self._current(wanted)
                 if current is None:
-                    self._read_at = time.monotonic()  # before: what begins meanwhile is not in it
+                    began = time.monotonic()
+                    if began - self._read_at > self._lasts_seconds:
+                        self._still.clear()
+                    self._read_at = began  # before: what begins meanwhile is not in it
                     moving = await self._store.receivers(within_seconds=self._member_seconds)
                     current = self._shares = shares.share(amount, moving)
+                    self._still.update(wanted)
+                    took = time.monotonic() - began
+                    self._lasts_seconds = max(CURRENT_SECONDS, took / MOST_OF_THE_TIME)
         return current
 
     def forget(self) -> None:
@@ -66,7 +77,10 @@ class Budget:
 
     def _current(self, wanted: Iterable[DistributionId]) -> Shares | None:
         known, age = self._shares, time.monotonic() - self._read_at
-        if known is None or age > CURRENT_SECONDS:
+        if known is None or age > self._lasts_seconds:
             return None
-        is_new = any(one not in known.hosts_bytes_per_second for one in wanted)
-        return None if is_new and age > UNKNOWN_SECONDS else known
+        is_new = any(
+            one not in known.hosts_bytes_per_second and one not in self._still for one in wanted
+        )
+        least = UNKNOWN_SECONDS * self._lasts_seconds / CURRENT_SECONDS
+        return None if is_new and age > least else known

@@ -216,6 +216,9 @@ class Receiver:
         for at in self._refused.values():
             if now < at < soonest:
                 soonest = at
+        if self.picker.is_endgame:  # what is late then is asked of a second source
+            late = (one.at + self._usual_seconds for one in self._out)
+            soonest = min((at for at in late if now <= at < soonest), default=soonest)
         if self._coming:
             soonest = min(soonest, max(now, self._coming[0][0]))
         if self._held:

@@ -210,12 +210,15 @@ class Blob:
             del counted[min(counted, key=counted.__getitem__)]
         counted[distribution_id] += sent_bytes
 
-    async def tell(self, watcher: Watcher) -> None:
-        """The watcher is told what is here, and from then on what is added or claimed, until it has ended."""
+    async def tell(self, watcher: Watcher, *, expires_at: float) -> None:
+        """The watcher is told what is here, and from then on what is added or claimed, until it has ended.
+
+        That is no later than a heartbeat after its token expires, which is Unix time.
+        """
         watcher.begin(self._have, self.manifest.count)
         self._watchers.add(watcher)
         try:
-            while not watcher.ended.is_set():
+            while not watcher.ended.is_set() and time.time() < expires_at:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(piece_maps.HEARTBEAT_SECONDS):
                         await watcher.ended.wait()
@@ -338,15 +341,19 @@ class BlobServer:
             return await self._send_piece(request, blob, grant, policy, piece)
 
     async def _pieces(self, request: web.Request) -> web.StreamResponse:
-        blob, _ = self._authorized(request)
+        blob, grant = self._authorized(request)
         host = _host(request)
         self._on_watcher(host)
         response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/x-ndjson"})
         await response.prepare(request)
-        if request.transport is None or self._stopping:
+        transport = request.transport
+        if transport is None or self._stopping:
             raise ConnectionResetError("the asker went away")
         is_chunked = request.version >= HttpVersion11
-        await blob.tell(Watcher(host, request.transport, is_chunked=is_chunked))
+        watcher = Watcher(host, transport, is_chunked=is_chunked)
+        await blob.tell(watcher, expires_at=grant.expires_at)
+        if transport.get_write_buffer_size():
+            raise ConnectionResetError("the asker does not read")  # nor would it read the end
         await response.write_eof()
         return response
 

@@ -16,6 +16,8 @@ from typing import Final
 
 # half a queue of 40 ms: 14 to 28 were tried with 16 hosts; with less a link runs dry, with more bytes are lost
 QUEUE_SECONDS: Final = 0.020
+# of which one connection has no more than this: its sender's link has a queue, too, and others' answers wait there
+ONE_SECONDS: Final = 0.012
 # a shorter round trip may be nothing but queues: a busy link has them while connections are made
 FAR_SECONDS: Final = 0.025
 # as many packets as make a sender notice a loss by those that come after it
@@ -31,7 +33,8 @@ _LARGEST = Path("/proc/sys/net/core/rmem_max")
 def window_bytes(link_bytes_per_second: int, round_trip_seconds: float, *, receiving: int) -> int:
     """The window for one of so many connections of a link, to somebody who is so far away."""
     is_far = round_trip_seconds >= FAR_SECONDS
-    seconds = round_trip_seconds if is_far else QUEUE_SECONDS / max(1, receiving)
+    near_seconds = min(ONE_SECONDS, QUEUE_SECONDS / max(1, receiving))
+    seconds = round_trip_seconds if is_far else near_seconds
     return max(LEAST_BYTES, int(link_bytes_per_second * seconds))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -202,6 +203,50 @@ async def test_who_does_not_read_its_piece_map_is_cut_off(
 
     await testing.eventually(is_cut_off)
     writer.close()
+
+
+async def test_a_piece_map_is_told_no_longer_than_the_token_lasts(
+    sender: Sender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(piece_maps, "HEARTBEAT_SECONDS", 0.5)
+    later = time.time() + 61
+    async with listening(sender.url, tmp_path) as (told, task):
+        await told.get()
+        monkeypatch.setattr(time, "time", lambda: later)
+        await asyncio.wait([task], timeout=20)
+        assert task.done()
+    assert not sender.blob._watchers
+
+
+async def test_who_does_not_read_the_end_of_its_piece_map_is_not_waited_for(
+    sender: Sender,
+) -> None:
+    with socket.socket() as asker:
+        asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        asker.setblocking(False)
+        address, port = sender.url.removeprefix("http://").split(":")
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(asker, (address, int(port)))
+        head = (
+            f"GET /v1/blobs/{BLOB}/pieces HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token()}"
+        )
+        await loop.sock_sendall(asker, f"{head}\r\n\r\n".encode())
+
+        async def has_much_to_read() -> bool:
+            for watcher in sender.blob._watchers:
+                while watcher._transport.get_write_buffer_size() < 200_000:
+                    watcher._write(b"x" * 10_000)
+                return True
+            return False
+
+        await testing.eventually(has_much_to_read)
+        (transport,) = (one._transport for one in sender.blob._watchers)
+        sender.server.withdraw(BLOB)
+
+        async def is_closed() -> bool:
+            return bool(transport.get_extra_info("socket").fileno() < 0)
+
+        await testing.eventually(is_closed)
 
 
 # --- listening to strangers

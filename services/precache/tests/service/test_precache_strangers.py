@@ -95,6 +95,25 @@ async def test_who_has_shown_a_token_stays_however_many_come_without(
         assert await ask(member, token=a_token(KEY)) == b"http/1.1 200 ok"
 
 
+async def test_who_does_not_even_say_who_it_is_is_a_stranger_from_the_first_byte_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "HANDSHAKE_SECONDS", 600)
+    secured = tls.load(*testing.certificate_files(tmp_path, "peer"))
+    async with seed(tmp_path, monkeypatch, secured) as port, AsyncExitStack() as stack:
+        member = await connect(stack, port, secured)
+        assert await ask(member, token=a_token(KEY)) == b"http/1.1 200 ok"
+        silent = [await connect(stack, port, None) for _ in range(2 * STRANGERS)]
+        silent[0][1].write(b"\x16\x03\x01")
+        for reader, _ in silent[:STRANGERS]:
+            async with asyncio.timeout(20):
+                with suppress(ConnectionError):
+                    assert await reader.read() == b""
+        other = await connect(stack, port, secured)
+        assert await ask(other, token=a_token(KEY)) == b"http/1.1 200 ok"
+        assert await ask(member, token=a_token(KEY)) == b"http/1.1 200 ok"
+
+
 async def test_who_connects_and_does_not_say_who_it_is_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -332,6 +332,22 @@ def test_a_neighbour_that_rests_and_has_nothing_for_us_wakes_nobody() -> None:
     assert receiver.rest_seconds(0.0) == receiving.FIRST_REST_SECONDS * 2
 
 
+def test_a_last_piece_that_is_late_wakes_who_waits_for_it() -> None:
+    receiver = receiver_of(have=ALL & ~0b11)
+    for name in "ab":
+        receiver.heard(receiver.add(name), News(have=ALL), 0.0)
+    first = receiver.ask(0.0)
+    assert first is not None
+    receiver.arrived(first, 0.2)
+    receiver.ended(first)
+    last = receiver.ask(0.25)
+    assert last is not None
+    assert receiver.ask(0.25) is None
+    woken_at = 0.25 + receiver.rest_seconds(0.25)
+    assert woken_at <= 0.45 + 1e-6  # what is usual is 0.2 s
+    assert receiver.ask(woken_at + receiving.MIN_REST_SECONDS) is not None
+
+
 def test_the_loser_of_the_endgame_is_named_when_the_piece_is_there() -> None:
     receiver = receiver_of(have=ALL & ~1)
     receiver.heard(receiver.add("a"), News(have=ALL), 0.0)

@@ -179,6 +179,39 @@ async def test_what_has_begun_or_changed_is_shared_at_once(
     assert await of(held, ONE) == 3_000_000
 
 
+async def test_who_asks_about_what_does_not_move_costs_no_question_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = Records()
+    held = a_budget(records)
+    monkeypatch.setattr(budget, "UNKNOWN_SECONDS", -1.0)
+    # one is paused, the hosts of another are busy: thousands of them report all the same
+    for _ in range(100):
+        assert (await of(held, OTHER), await of(held, THIRD)) == (2_000_000, 2_000_000)
+        assert await of(held, ONE) == 3_000_000
+    assert records.reads == 2
+    records.moving = [receivers(OTHER, 2)]
+    held.forget()
+    assert await of(held, OTHER) == 3_000_000
+
+
+async def test_what_takes_long_to_read_is_read_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("hostler_precache.swarming.budget.time.monotonic", lambda: now)
+    records = Records()
+
+    def pass_a_moment() -> None:
+        nonlocal now
+        now += 0.5
+
+    records.meanwhile = pass_a_moment
+    held = a_budget(records)
+    for _ in range(1000):
+        await of(held, ONE)
+        now += 0.1
+    assert now * budget.MOST_OF_THE_TIME * 0.9 < records.reads * 0.5 <= now * 0.055
+
+
 async def test_what_changes_while_it_is_read_is_read_again() -> None:
     records = Records()
     held = a_budget(records)

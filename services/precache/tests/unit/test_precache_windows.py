@@ -37,6 +37,7 @@ def unread_bytes(reader: socket.socket, sender: socket.socket) -> int:
     return int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
+ONE = int(100 * MBIT * windows.ONE_SECONDS)
 QUEUE = int(100 * MBIT * windows.QUEUE_SECONDS)
 
 
@@ -49,8 +50,8 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("link", "round_trip_seconds", "receiving", "expected"),
     [
-        (100 * MBIT, 0.0001, 1, QUEUE),  # a near peer: a short queue
-        (100 * MBIT, 0.020, 1, QUEUE),  # or a busy one
+        (100 * MBIT, 0.0001, 1, ONE),  # a near peer: a short queue
+        (100 * MBIT, 0.020, 1, ONE),  # or a busy one
         (100 * MBIT, 0.0001, 4, QUEUE // 4),
         (100 * MBIT, 0.040, 4, int(100 * MBIT * 0.040)),  # a far one: what fits on the way
         (1 * MBIT, 0.0, 1, windows.LEAST_BYTES),
@@ -88,13 +89,13 @@ def test_all_that_receive_share_what_the_link_carries_and_have_it_back_when_one_
     shared = windows.Windows(100 * MBIT)
     one, other = (shared.open(end) for end in pair)
     shared.begin(one)
-    assert one.bytes == QUEUE
+    assert one.bytes == ONE
     shared.begin(other)
     assert (one.bytes, other.bytes) == (QUEUE // 2, QUEUE // 2)
     assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * (QUEUE // 2)
     shared.end(other)
     shared.end(other)
-    assert one.bytes == QUEUE
+    assert one.bytes == ONE
     other.fit()  # about to ask: it would be one of two
     assert other.bytes == QUEUE // 2
 
@@ -102,7 +103,7 @@ def test_all_that_receive_share_what_the_link_carries_and_have_it_back_when_one_
 def test_a_share_is_never_larger_than_can_be_set(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "_largest_bytes", lambda: QUEUE * 2 // 3)
+    monkeypatch.setattr(windows, "_largest_bytes", lambda: ONE - 1000)
     shared = windows.Windows(100 * MBIT)
     one, other = (shared.open(end) for end in pair)
     assert one.bytes is None
@@ -110,7 +111,7 @@ def test_a_share_is_never_larger_than_can_be_set(
     shared.begin(other)
     assert one.bytes == QUEUE // 2
     shared.end(other)
-    assert one.bytes == QUEUE * 2 // 3
+    assert one.bytes == ONE - 1000
 
 
 @pytest.mark.usefixtures("large")
@@ -125,7 +126,7 @@ def test_a_window_shrinks_when_the_peer_shows_that_it_is_near(
     for _ in range(2):
         window.fit()
         seen.append(window.bytes)
-    assert seen == [int(100 * MBIT * 0.060), int(100 * MBIT * 0.030), QUEUE]
+    assert seen == [int(100 * MBIT * 0.060), int(100 * MBIT * 0.030), ONE]
 
 
 def test_the_round_trip_of_a_connection_is_known(
