@@ -19,6 +19,9 @@ until there are as many instances. Then a **year** is made of the month: the sum
 months before, and so are the intervals of the first projects, one of which is asked about; answers must not take
 longer for it.
 
+Of all projects by day it is asked for the month, and for windows that begin or end in the middle of a day as well:
+these have a day that no sum answers for.
+
 Questions are asked over HTTP one after the other, from the request's first byte to the answer's last, every page of
 it; the figure is the median. The sum of every answer about all projects must be the hours that the timelines give.
 """
@@ -52,9 +55,23 @@ WHOLE_INSTANCES = 20
 ROWS_A_PAGE = "20000"
 MONTHS_BEFORE = 11
 PROJECTS_WITH_A_YEAR = 20
+WITHIN = "within"
+"""Said of a question's begin or end: it is not the month's, but half a day into it, or before it."""
+HALF_A_DAY = timedelta(hours=12)
 QUESTIONS = {
     "all_projects_by_day_ms": {"group_by": "project,day"},
     "all_projects_by_day_in_pages_ms": {"group_by": "project,day", "limit": "1000"},
+    "all_projects_until_within_a_day_ms": {"group_by": "project,day", "end": WITHIN},
+    "all_projects_until_within_a_day_in_pages_ms": {
+        "group_by": "project,day",
+        "end": WITHIN,
+        "limit": "1000",
+    },
+    "all_projects_from_within_a_day_ms": {
+        "group_by": "project,day",
+        "start": WITHIN,
+        "end": WITHIN,
+    },
     "all_projects_ms": {"group_by": "project"},
     "one_project_ms": {"group_by": "resource", "project_id": usage_cloud.digest_hex("project 0")},
     "one_project_by_day_ms": {
@@ -109,14 +126,12 @@ def _at(window: Window, seconds: int) -> datetime:
 
 def held_microseconds(lives: Iterable[InstanceLife], window: Window) -> int:
     """What the instances were there, in sum."""
-    return sum(
-        (
-            (each.steps[-1].at if each.steps[-1].action == "delete" else window.end)
-            - each.steps[0].at
-        )
-        // timedelta(microseconds=1)
-        for each in lives
-    )
+    held = timedelta(0)
+    for each in lives:
+        is_deleted = each.steps[-1].action == "delete"
+        end = min(each.steps[-1].at, window.end) if is_deleted else window.end
+        held += max(timedelta(0), end - max(each.steps[0].at, window.start))
+    return held // timedelta(microseconds=1)
 
 
 def decisive(lives: Iterable[InstanceLife]) -> Iterator[bytes]:
@@ -161,6 +176,14 @@ def _reboot(audit: Message, phase: str, number: int, place: int) -> Message:
 # --- asking
 
 
+def asked_window(window: Window, parameters: Mapping[str, str]) -> Window:
+    """The window of a question about the month."""
+    return Window(
+        window.start + (HALF_A_DAY if parameters.get("start") == WITHIN else timedelta(0)),
+        window.end - (HALF_A_DAY if parameters.get("end") == WITHIN else timedelta(0)),
+    )
+
+
 @dataclass(slots=True)
 class Asker:
     """Asks the running service, one question after the other, on one connection."""
@@ -179,10 +202,8 @@ class Asker:
         seconds, unfolded, marker = 0.0, 0, ""
         while True:
             query = {
-                "start": self.window.start.isoformat(),
-                "end": self.window.end.isoformat(),
                 "limit": ROWS_A_PAGE,
-                **parameters,
+                **self._moments(parameters),
                 **({"marker": marker} if marker else {}),
             }
             began = time.perf_counter()
@@ -198,6 +219,11 @@ class Asker:
             marker = page["next_marker"] or ""
             if not marker:
                 return seconds, rows, unfolded
+
+    def _moments(self, parameters: Mapping[str, str]) -> dict[str, str]:
+        within = asked_window(self.window, parameters)
+        named = {"start": within.start.isoformat(), "end": within.end.isoformat()}
+        return {**parameters, **named}
 
     def timing(self, questions: int, **parameters: str) -> "Timing":
         """The same question so many times, after two that warm up."""
@@ -246,7 +272,13 @@ class Answers:
 
 
 def answers(
-    asker: Asker, *, name: str, instances: int, intervals: int, questions: int, true: int
+    asker: Asker,
+    *,
+    name: str,
+    instances: int,
+    intervals: int,
+    questions: int,
+    true: Callable[[Window], int],
 ) -> Answers:
     """Ask everything.
 
@@ -259,8 +291,11 @@ def answers(
         try:
             if "project_id" not in parameters:
                 said = asker.instance_microseconds(**parameters)
-                if said != true:
-                    raise RuntimeError(f"{question}: {said} instance-microseconds, and not {true}")
+                right = true(asked_window(asker.window, parameters))
+                if said != right:
+                    raise RuntimeError(
+                        f"{question}: {said} instance-microseconds, and not {right}"
+                    )
             timings[question] = asker.timing(questions, **parameters)
         except Refused as exc:
             bench.say(f"  {question}: {exc}")
@@ -435,7 +470,7 @@ async def measure_questions(
         asker = new_asker(stage, process, address, window)
         done: list[InstanceLife] = []
 
-        async def ask(name: str, size: int, true: int) -> None:
+        async def ask(name: str, size: int, times: int = 1) -> None:
             intervals = await database.fetchval(
                 f"SELECT count(*) FROM {usage_service.SCHEMA}.usage_interval"  # noqa: S608
             )
@@ -448,7 +483,7 @@ async def measure_questions(
                     instances=size,
                     intervals=intervals,
                     questions=questions,
-                    true=true,
+                    true=lambda asked: times * held_microseconds(done, asked),
                 )
             )
 
@@ -465,13 +500,12 @@ async def measure_questions(
             )
             bench.say(f"{events:,} messages, loaded in {time.monotonic() - began:.0f} s")
             await database.execute("VACUUM ANALYZE")
-            await ask(name, size, held_microseconds(done, window))
+            await ask(name, size)
         times = max(1, round(FULL_CLOUD / instances))
         await multiply(database, times)
-        true = times * held_microseconds(done, window)
-        await ask("whole", times * instances, true)
+        await ask("whole", times * instances, times)
         await put_before(database, window, MONTHS_BEFORE)
-        await ask("whole, a year", times * instances, true)
+        await ask("whole, a year", times * instances, times)
     return found
 
 

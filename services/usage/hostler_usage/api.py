@@ -63,6 +63,10 @@ class EventItem(BaseModel):
     content_type: str | None
     content_encoding: str | None
     body_bytes: int
+    bodies: int = Field(
+        description="messages under its message_id, dropped ones too, at most 100 of them: more than"
+        " 1 is a conflict; all are counted in, and /v1/events?message_id= has those that are stored"
+    )
 
 
 class Events(BaseModel):

@@ -117,7 +117,11 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
             currency=settings.currency,
         )
         exports = Exports(store=ExportStore(reports=reports), books=costing, issuer=issuer)
-        feeds = FeedStore(pool=pool, page_events=settings.feed_page_events)
+        feeds = FeedStore(
+            pool=pool,
+            page_events=settings.feed_page_events,
+            count_conflicts=metrics.conflicts_found,
+        )
         hub = HubStore(pool=pool)
         publisher = Publisher(store=feeds, base=settings.public_url)
         kept = quarantine.Quarantine(pool=pool)

@@ -1,5 +1,7 @@
 """Every Prometheus object of usage. Labels are bounded: sources, outcomes, kinds of problems."""
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from hostler_usage.reading.event import Tally
@@ -17,7 +19,7 @@ class Metrics:
         )
         self.conflicts = Counter(
             "hostler_usage_conflicts",
-            "Message ids met with another body than before; both are kept.",
+            "Message ids that came to stand over several messages; all are kept and counted in.",
             ["source"],
             registry=registry,
         )
@@ -88,6 +90,11 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
+
+    def conflicts_found(self, found: Mapping[str, int]) -> None:
+        """So many message ids, by source, were found to stand over several messages when all months were searched."""
+        for source, ids in found.items():
+            self.conflicts.labels(source).inc(ids)
 
     def ingested(self, source: str, tally: Tally, age_seconds: float) -> None:
         """A batch was stored."""

@@ -150,17 +150,18 @@ def _bill(
     for (day, name), share in rows.items():
         by_group[name].add(share)
         by_day[name][date.fromisoformat(day or "")] += share.cost
-    largest = sorted(by_group, key=lambda name: (-by_group[name].cost, name or ""))
-    measures = store.metered.measures
+    costs = {name: share.cost for name, share in by_group.items()}
+    largest = sorted(by_group, key=lambda name: (-costs[name], name or ""))
+    measures, whole = store.metered.measures, total.sums()
     return Bill(
-        cost=money(total.cost, currency),
-        list_cost=money(total.list_cost, currency),
+        cost=money(whole.cost, currency),
+        list_cost=money(whole.list_cost, currency),
         rows=[
             CostRow(
                 name=name,
-                cost=money(by_group[name].cost, currency),
-                list_cost=money(by_group[name].list_cost, currency),
-                share=float(by_group[name].cost / total.cost) if total.cost else 0.0,
+                cost=money(costs[name], currency),
+                list_cost=money(by_group[name].sums().list_cost, currency),
+                share=float(costs[name] / whole.cost) if whole.cost else 0.0,
                 has_unpriced=bool(by_group[name].unpriced),
             )
             for name in largest[:ROWS_SHOWN]
@@ -170,16 +171,16 @@ def _bill(
             (
                 price,
                 measure,
-                Decimal(costing.decimals(total.quantities[price, measure], places=2)),
-                money(total.costs[price, measure], currency),
+                Decimal(costing.decimals(whole.quantities[price, measure], places=2)),
+                money(whole.costs[price, measure], currency),
             )
-            for price, measure in sorted(total.costs)
+            for price, measure in sorted(whole.costs)
         ],
         unpriced=[
             (name, float(hours(amount)) if measures[name].is_held else amount)
             for name, amount in sorted(total.unpriced.items())
         ],
-        chart=_by_day(shown, currency, largest, by_day) if total.cost else None,
+        chart=_by_day(shown, currency, largest, by_day) if whole.cost else None,
     )
 
 

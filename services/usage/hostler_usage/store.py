@@ -16,6 +16,7 @@ from datetime import datetime
 import asyncpg
 
 from hostler_common import db
+from hostler_usage.history.conflict_store import note_near
 from hostler_usage.history.row_set import key_columns
 from hostler_usage.reading.event import Event, Origin, Tally
 from hostler_usage.reading.statement import ResourceKey, encode
@@ -41,7 +42,6 @@ _COLUMNS = (
     "body",
 )
 _ORIGINS_KEPT = 10_000
-_CONFLICTS = "hashtext('hostler_usage.conflicts')"
 
 # a batch is copied here first, for COPY knows no ON CONFLICT; its rows are gone at the commit
 _STAGING = (
@@ -73,6 +73,9 @@ class Store:
     async def ingest(self, events: Sequence[Event]) -> Tally:
         """Every event is stored, exactly once, and its resources are marked to be folded.
 
+        `conflict` of the tally are message ids that stand over several messages from now on, as far as
+        the months near by show it (`conflict_store`); what is farther apart is found and counted later.
+
         Raises:
             DatabaseUnavailable: nothing is stored, or (when the connection broke at the commit)
                 all of it is; ingesting the same events again is right in both cases.
@@ -101,10 +104,15 @@ class Store:
                 await _insert_apart(connection, apart)
             if touched and merged["stored"]:
                 await _mark_touched(connection, touched)
+            conflict = 0
+            if merged["stored"]:
+                conflict = await note_near(
+                    connection,
+                    {event.notification.message_id for event in events},
+                    (event.notification.timestamp for event in events),
+                )
             tally = Tally(
-                **dict(merged),
-                duplicate=len(events) - merged["stored"],
-                conflict=await _note_conflicts(connection) if merged["stored"] else 0,
+                **dict(merged), duplicate=len(events) - merged["stored"], conflict=conflict
             )
             await _count(connection, self.writer, events[0].origin.source, tally)
         return tally
@@ -210,25 +218,6 @@ async def _insert_apart(connection: db.Connection, rows: Sequence[tuple[object, 
         " $4::timestamptz[], $5::text[], $6::bytea[], $7::text[]) ON CONFLICT DO NOTHING",
         *(list(column) for column in zip(*ordered, strict=True)),
     )
-
-
-async def _note_conflicts(connection: db.Connection) -> int:
-    """How many message ids of this batch stand over more than one body.
-
-    From here to its commit a batch is alone, so that of two at once the later sees what the other stored.
-    """
-    await connection.execute(f"SELECT pg_advisory_xact_lock({_CONFLICTS})")
-    rows = await connection.fetch(
-        "INSERT INTO event_conflict (event_time, message_id, bodies)"
-        " SELECT event_time, message_id, count(*) FROM raw_event"
-        " WHERE (event_time, message_id) IN (SELECT event_time, message_id FROM arrived)"
-        " GROUP BY event_time, message_id HAVING count(*) > 1 ORDER BY event_time, message_id"
-        " ON CONFLICT (event_time, message_id)"
-        " DO UPDATE SET bodies = excluded.bodies, noticed_at = now()"
-        " WHERE event_conflict.bodies <> excluded.bodies"
-        " RETURNING event_time",
-    )
-    return len(rows)
 
 
 async def _mark_touched(connection: db.Connection, oldest: Table[ResourceKey, datetime]) -> None:

@@ -36,10 +36,10 @@ async def tell(distributions: DistributionStore) -> None:
     while True:
         async with db.transaction(distributions.pool) as connection:
             ended = await distributions.tell_ended(connection)
+            if not ended:
+                return
             on_hosts = await distributions.on_hosts(connection, ended)
             await outbox.add(connection, [_aggregate(messages.CACHE_END, one) for one in on_hosts])
-        if not ended:
-            return
 
 
 async def events_of(

@@ -16,6 +16,7 @@ from hostler_common import auth, http
 from hostler_usage.explaining.explain import HeldPart, MovedPart, Share, body_text
 from hostler_usage.explaining.explain_question import asked_groups, asked_window
 from hostler_usage.explaining.explain_store import (
+    OTHERS_SHOWN,
     VERDICTS_A_RESOURCE,
     ExplainStore,
     Explanation,
@@ -135,6 +136,10 @@ class ExplainedEvent(BaseModel):
     content_type: str | None
     content_encoding: str | None
     body_bytes: int
+    bodies: int = Field(
+        description="messages under its message_id, dropped ones too, at most 100 of them: more than"
+        " 1 is a conflict"
+    )
     body: BodyItem | None = Field(
         description="null where it is not shown to the caller, or beyond 16 MiB of bodies in one"
         " answer: see /v1/events/{id}/body"
@@ -154,7 +159,10 @@ class ExplanationItem(BaseModel):
     resources: int
     parts: int
     shares: list[ResourceItem]
-    events: list[ExplainedEvent] = Field(description="the messages that this page's parts rest on")
+    events: list[ExplainedEvent] = Field(
+        description="the messages that this page's parts rest on, and others under their ids,"
+        f" at most {OTHERS_SHOWN}"
+    )
     not_shown: list[ExplainedCitation] = Field(
         description="those dropped by retention, or another project's"
     )

@@ -35,6 +35,7 @@ from hostler_usage.reading.mapping import Measure
 from hostler_usage.reading.times import epoch_microseconds
 
 VERDICTS_A_RESOURCE: Final = 50
+OTHERS_SHOWN: Final = 100
 
 
 class MeasureUnknown(errors.Invalid):
@@ -67,8 +68,9 @@ class Question:
 class Explanation:
     """A page of what a number is made of; `window` is what of the question's counts.
 
-    `bodies` are those of the first `events` that fit; `not_shown` are messages that parts cite and
-    that are dropped or not the caller's.
+    `events` are the messages that parts cite, and those that stand under the same ids; `bodies` are
+    those of the first that fit; `not_shown` are messages that parts cite and that are dropped or
+    not the caller's.
     """
 
     measure: Measure
@@ -319,15 +321,28 @@ _KEYS: Final = (
 async def _events(
     connection: db.Connection, cited: Sequence[Citation], scope: Scope
 ) -> list[asyncpg.Record]:
-    """Those of the cited messages that are stored and that the caller may see, oldest first."""
+    """Those of the cited messages, and of others under their ids, that are stored and that the caller may see.
+
+    Oldest first.
+    """
     keys = [explain.event_key(item["event_id"]) for item in cited]
+    # of messages under one id parts may rest on one, and the others have been weighed all the same
+    others = await connection.fetch(
+        "SELECT event_time, message_id, body_sha256 FROM event_conflict"  # noqa: S608  a constant of this module
+        " WHERE message_id = ANY($1::text[]) AND (event_time, body_sha256) NOT IN"
+        "  (SELECT * FROM unnest($2::timestamptz[], $3::bytea[]))"
+        f" ORDER BY message_id, event_time, body_sha256 LIMIT {OTHERS_SHOWN}",
+        [item["message_id"] for item in cited],
+        [time for time, _ in keys],
+        [digest for _, digest in keys],
+    )
     return await connection.fetch(
         f"SELECT {_EVENT_COLUMNS} FROM {_KEYS} JOIN origin ON origin.id = raw_event.origin"  # noqa: S608  constants
         " WHERE $4::text[] IS NULL OR project_id = ANY($4)"
         " ORDER BY event_time, message_id, body_sha256",
-        [time for time, _ in keys],
-        [item["message_id"] for item in cited],
-        [digest for _, digest in keys],
+        [*(time for time, _ in keys), *(row["event_time"] for row in others)],
+        [*(item["message_id"] for item in cited), *(row["message_id"] for row in others)],
+        [*(digest for _, digest in keys), *(row["body_sha256"] for row in others)],
         visible_projects(scope),
     )
 

@@ -1,8 +1,9 @@
 """Feeds in PostgreSQL: cutting them into pages, and finding what a page holds.
 
 `settle` appends to the catalogue of pages, behind ingest and never in its way: an event is
-catalogued once no event with a lower `seq` can appear any more, so that a full page is final. It
-may run in any number of processes; one at a time does the work.
+catalogued once no event with a lower `seq` can appear any more, and once its message id was looked
+for in everything stored (`conflict_store`), so that a full page is final. It may run in any number
+of processes; one at a time does the work.
 
 Reading starts from the catalogue, which knows the times of a page's events, and finds them by the
 key of `raw_event`; what is not catalogued yet is a range of `seq` at its end. A resource's events
@@ -10,7 +11,7 @@ are few and have an index: its pages are made when they are asked for. What a ca
 condition inside each statement.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -21,6 +22,7 @@ import asyncpg
 
 from hostler_common import db, errors
 from hostler_usage.feeds.feed import PAGE_EVENTS, Feed, Item, Kind, Page, paginate
+from hostler_usage.history.conflict_store import note_everywhere
 from hostler_usage.history.paging import Scope, visible_projects
 from hostler_usage.reading.times import EPOCH
 
@@ -113,12 +115,20 @@ class _View:
         return " AND ".join(texts), values
 
 
+def _tell_nobody(conflicts: Mapping[str, int]) -> None:
+    """Nobody counts them here."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedStore:
-    """The catalogue of pages, and reading them. Another `page_events` shapes the pages begun from then on."""
+    """The catalogue of pages, and reading them. Another `page_events` shapes the pages begun from then on.
+
+    `count_conflicts` is told of message ids that settling found in conflict: how many, by source.
+    """
 
     pool: db.Pool
     page_events: int = PAGE_EVENTS
+    count_conflicts: Callable[[Mapping[str, int]], None] = _tell_nobody
 
     # --- the catalogue
 
@@ -137,49 +147,69 @@ class FeedStore:
             ):
                 return False  # nothing came: nothing is written
         async with db.transaction(self.pool) as connection:
-            clock = await connection.fetchrow(
-                "SELECT settled_seq, awaited_seq, awaited_xid IS NOT NULL AS is_marked,"  # noqa: S608  a constant of this module
-                " awaited_xid <= pg_snapshot_xmin(pg_current_snapshot())"
-                f" OR awaited_at < now() - {_PATIENCE} AS is_settled"
-                " FROM feed_clock FOR UPDATE SKIP LOCKED"
-            )
-            if clock is None:  # another replica is at it
-                return False
-            settled, awaited = clock["settled_seq"], clock["awaited_seq"]
-            if awaited is not None and not clock["is_marked"]:
-                # this transaction's own id: whoever took a seq a turn ago has a lower one. (xmax of a snapshot
-                # is no such bound: it is one above the highest id that has ended, not that was given out.)
-                await connection.execute(
-                    "UPDATE feed_clock SET awaited_at = now(), awaited_xid = pg_current_xact_id()"
-                )
-                return False
-            if awaited is not None and not clock["is_settled"]:
-                return False
-            through = settled if awaited is None else min(awaited, settled + _SLICE)
-            if through > settled:
-                await self._catalogue(connection, settled, through)
-            if awaited is not None and through < awaited:
-                await connection.execute("UPDATE feed_clock SET settled_seq = $1", through)
-                return True
-            highest = await connection.fetchval(f"SELECT highest FROM {_HIGHEST}")  # noqa: S608  a constant of this module
-            following = highest if highest is not None and highest > through else None
-            if through > settled or following != awaited:
-                await connection.execute(
-                    "UPDATE feed_clock SET settled_seq = $1, awaited_seq = $2,"
-                    " awaited_xid = NULL, awaited_at = NULL",
-                    through,
-                    following,
-                )
-        return False
+            is_more, conflicts = await self._settle(connection)
+        self.count_conflicts(conflicts)
+        return is_more
 
-    async def _catalogue(self, connection: db.Connection, after: int, through: int) -> None:
+    async def _settle(self, connection: db.Connection) -> tuple[bool, Mapping[str, int]]:
+        """Whether more is at hand at once, and the message ids that were found in conflict, by source."""
+        clock = await connection.fetchrow(
+            "SELECT settled_seq, awaited_seq, awaited_xid IS NOT NULL AS is_marked,"  # noqa: S608  a constant of this module
+            " awaited_xid <= pg_snapshot_xmin(pg_current_snapshot())"
+            f" OR awaited_at < now() - {_PATIENCE} AS is_settled"
+            " FROM feed_clock FOR UPDATE SKIP LOCKED"
+        )
+        if clock is None:  # another replica is at it
+            return False, {}
+        settled, awaited = clock["settled_seq"], clock["awaited_seq"]
+        if awaited is not None and not clock["is_marked"]:
+            # this transaction's own id: whoever took a seq a turn ago has a lower one. (xmax of a snapshot
+            # is no such bound: it is one above the highest id that has ended, not that was given out.)
+            await connection.execute(
+                "UPDATE feed_clock SET awaited_at = now(), awaited_xid = pg_current_xact_id()"
+            )
+            return False, {}
+        if awaited is not None and not clock["is_settled"]:
+            return False, {}
+        through = settled if awaited is None else min(awaited, settled + _SLICE)
+        conflicts: Mapping[str, int] = {}
+        if through > settled:
+            conflicts = await self._catalogue(connection, settled, through)
+        if awaited is not None and through < awaited:
+            await connection.execute("UPDATE feed_clock SET settled_seq = $1", through)
+            return True, conflicts
+        highest = await connection.fetchval(f"SELECT highest FROM {_HIGHEST}")  # noqa: S608  a constant of this module
+        following = highest if highest is not None and highest > through else None
+        if through > settled or following != awaited:
+            await connection.execute(
+                "UPDATE feed_clock SET settled_seq = $1, awaited_seq = $2,"
+                " awaited_xid = NULL, awaited_at = NULL",
+                through,
+                following,
+            )
+        return False, conflicts
+
+    async def _catalogue(
+        self, connection: db.Connection, after: int, through: int
+    ) -> Mapping[str, int]:
+        """The events in between have their places; return what `_settle` does of their conflicts."""
         rows = await connection.fetch(
-            "SELECT seq, event_time, event_type, project_id FROM raw_event"
+            "SELECT seq, event_time, event_type, project_id, message_id FROM raw_event"
             " WHERE seq > $1 AND seq <= $2 ORDER BY seq",
             after,
             through,
         )
-        items = [Item(**dict(row)) for row in rows]
+        if not rows:
+            return {}  # what comes again takes numbers, too, and nothing is stored under them
+        items = [
+            Item(
+                seq=row["seq"],
+                event_time=row["event_time"],
+                event_type=row["event_type"],
+                project_id=row["project_id"],
+            )
+            for row in rows
+        ]
         feeds = {
             *((Kind.ALL, "") for _ in items[:1]),
             *((Kind.TYPE, item.event_type) for item in items),
@@ -220,6 +250,7 @@ class FeedStore:
             ends,
             [page.types for page in pages],
         )
+        return await note_everywhere(connection, {row["message_id"] for row in rows})
 
     async def settled_seq(self) -> int:
         """Up to where the catalogue reaches.
@@ -353,8 +384,10 @@ class FeedStore:
                 "SELECT e.seq, e.event_time, e.message_id, e.body_sha256, e.received_at,"  # noqa: S608  constants of this module
                 " e.region, e.event_type, e.project_id, e.resource_type, e.resource_id, e.headers,"
                 f" o.content_encoding, {body if with_bodies else 'NULL::bytea'} AS body,"
-                " NOT EXISTS (SELECT FROM raw_event AS other WHERE other.event_time = e.event_time"
-                "  AND other.message_id = e.message_id AND other.seq < e.seq) AS is_first"
+                " NOT EXISTS (SELECT FROM event_conflict AS own JOIN event_conflict AS other"
+                "  USING (message_id) WHERE own.message_id = e.message_id"
+                "  AND (own.event_time, own.body_sha256) = (e.event_time, e.body_sha256)"
+                "  AND other.seq < own.seq) AS is_first"
                 " FROM raw_event AS e JOIN origin AS o ON o.id = e.origin"
                 " WHERE e.event_time = ANY($1::timestamptz[]) AND e.seq = ANY($2::bigint[])"
                 " AND ($3::text[] IS NULL OR e.project_id = ANY($3)) ORDER BY e.seq DESC",

@@ -1,4 +1,7 @@
-"""Usage that the sums of whole days answer alone, read in the order of its groups and no further than a page goes.
+"""Usage by what sums of whole days know, read in the order of its groups and no further than a page goes.
+
+Whole days are answered by their sums. What else a window has, a day that it begins or ends within or that is not
+summed up yet, is summed up from the facts of that time alone, in rows of the same shape.
 
 The key of `usage_day` begins with the project and then the day. Where a page's first group is one of these, so many
 of them are looked at as the page is likely to need, and more while it is not full: what it costs grows with its
@@ -11,19 +14,24 @@ measure, would cost both sides several times as much.
 
 import asyncio
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from typing import Final
 
 import asyncpg
 
 from hostler_common import db
+from hostler_usage.history import usage_sql
 from hostler_usage.history.paging import BadMarker, Conditions
+from hostler_usage.history.project_order_store import projects_from
+from hostler_usage.history.summed_days import Span
 from hostler_usage.reading.mapping import Measure
+from hostler_usage.reading.times import MICROSECOND
 
 _COLUMN: Final = {
     "project": "project_id",
@@ -41,21 +49,13 @@ BUCKETS: Final = frozenset({"day", "month"})
 _ROWS_A_PART: Final = 3000  # so many are read while the database finds the next
 _ROWS_A_BATCH: Final = 1000
 _READING_SECONDS: Final = 600.0  # until the first rows come everything has been grouped
-# from each project straight to the next one, whatever there is of it
-_PROJECTS: Final = (
-    "WITH RECURSIVE known (project_id) AS ("
-    "(SELECT project_id FROM usage_day WHERE project_id {} $1 ORDER BY project_id LIMIT 1)"
-    " UNION ALL SELECT (SELECT d.project_id FROM usage_day AS d"
-    " WHERE d.project_id > known.project_id ORDER BY d.project_id LIMIT 1)"
-    " FROM known WHERE known.project_id IS NOT NULL)"
-    " SELECT project_id FROM known WHERE project_id IS NOT NULL LIMIT $2"
-)
-_GIVEN: Final = (
-    "SELECT project_id FROM unnest($3::text[]) AS given (project_id) WHERE project_id {} $1"
-    " ORDER BY project_id LIMIT $2"
-)
 # both go over the same rows in the same order
-_SUMS: Final = "string_agg(resource_type || '/' || measure, ','), string_agg(amount::text, ',')"
+_SUMS: Final = (
+    "string_agg(resource_type || '/' || measure, ',') AS names,"
+    " string_agg(amount::text, ',') AS sums"
+)
+_NAMED: Final = "string_agg(of_type || '/' || name, ',') AS names, string_agg(trunc(amount)::text, ',') AS sums"
+_DAY: Final = timedelta(days=1)
 
 Value = str | date
 """What a group is told apart by, as the database has it."""
@@ -66,21 +66,21 @@ Summed = tuple[dict[str, str | None], dict[str, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaySums:
-    """The usage of the UTC days `[first, until)`, all of which are summed up; None does not restrict.
+    """The usage of some stretches `[first, until)` of UTC days, all of which are summed up, and of the spans `rest`.
 
-    `groups` are some of `GROUPS`, at most one of them of time. Usage that is not grouped is one row,
-    whatever there is. `edges` are the first day, those that the slices after the first begin with, and
-    the day behind the last.
+    None does not restrict. `groups` are some of `GROUPS`, at most one of them of time. Usage that is not
+    grouped is one row, whatever there is. `edges` are the moments at which the slices begin, and the last
+    one ends; none lies within a summed day. No span of `rest` has part in two groups of time, or two slices.
     """
 
-    first: date
-    until: date
+    days: Sequence[tuple[date, date]]
+    rest: Sequence[Span]
     groups: Sequence[str]
     measures: Sequence[Measure]
     projects: Sequence[str] | None = None
     region: str | None = None
     resource_type: str | None = None
-    edges: Sequence[date] = ()
+    edges: Sequence[datetime] = ()
 
     async def page(
         self, connection: db.Connection, after: Sequence[str] | None, limit: int
@@ -134,52 +134,76 @@ class DaySums:
         """What asks for some of the first group after the other, from those of `last` on."""
         match self.groups[0] if self.groups else None:
             case "project":
-                known, given = _PROJECTS, []
-                if self.projects is not None:
-                    known, given = _GIVEN, [self.projects]
-                number = -(-limit // self._most_a_project)
                 at_once = -(-_ROWS_A_PART // self._most_a_project)
-                compared, beyond = ">=", "" if last is None else last[0]
-                while rows := await connection.fetch(
-                    known.format(compared), beyond, number, *given
-                ):
-                    names = [row[0] for row in rows]
-                    for first in range(0, len(names), at_once):
-                        yield self._of_projects(names[first : first + at_once], last)
-                    if len(names) < number:
-                        return
-                    # there was less of these: of the next there may be as little
-                    compared, beyond, number = ">", names[-1], 2 * number
+                known = projects_from(
+                    connection,
+                    "" if last is None else str(last[0]),
+                    -(-limit // self._most_a_project),
+                    among=self.projects,
+                    are_summed=not self.rest,
+                )
+                async with aclosing(known) as batches:
+                    async for names in batches:
+                        for first in range(0, len(names), at_once):
+                            yield self._of_projects(names[first : first + at_once], last)
             case "day":
-                begin, days = self.first, 1
+                begin, end = self._reach
+                days = 1
                 if last is not None and isinstance(last[0], date):
                     begin = max(begin, last[0])
-                while begin < self.until:
-                    until = min(begin + timedelta(days=days), self.until)
-                    yield replace(self, first=begin, until=until)._statement(last)
+                while begin < end:
+                    until = min(begin + timedelta(days=days), end)
+                    yield self._within(begin, until)._statement(last)
                     begin, days = until, 2 * days
             case _:
                 yield self._statement(last)
 
     @property
+    def _reach(self) -> tuple[date, date]:
+        """The first day of which anything may be, and the one behind the last."""
+        firsts = [first for first, _ in self.days] + [_day(start) for start, _ in self.rest]
+        lasts = [last for _, last in self.days] + [_day(start) + _DAY for start, _ in self.rest]
+        return min(firsts), max(lasts)
+
+    def _within(self, first: date, until: date) -> "DaySums":
+        """The same of no other days."""
+        days = [(max(first, one), min(until, other)) for one, other in self.days]
+        return replace(
+            self,
+            days=[(one, other) for one, other in days if one < other],
+            rest=[(start, end) for start, end in self.rest if first <= _day(start) < until],
+        )
+
+    @property
     def _most_a_project(self) -> int:
         """How many groups a project has at most, where it has one region and one type of resources."""
+        first, until = self._reach
         if "day" in self.groups:
-            return (self.until - self.first).days
+            return (until - first).days
         if "month" in self.groups:
-            return 12 * (self.until.year - self.first.year) + 12
+            return 12 * (until.year - first.year) + 12
         return 1
 
     def _statement(self, last: Sequence[Value] | None) -> tuple[str, Sequence[object]]:
         """What asks for the groups behind `last`, in order."""
         conditions = self._conditions()
         conditions.add("project_id = ANY({})", self.projects)
-        if last is not None:
-            columns = ", ".join(self._column(name) for name in self.groups)
-            conditions.add(f"({columns}) > ({', '.join('{}' for _ in last)})", *last)
-        query = self._select(self.groups, conditions.also)
+        clause, values = conditions.also, Conditions(*conditions.values)
+        beyond = "" if last is None else f"({', '.join(values.value(part) for part in last)})"
+
+        def behind(columns: Sequence[str]) -> str:
+            return f"({', '.join(columns)}) > {beyond}" if beyond else "TRUE"
+
+        selected = []
+        if self.days:
+            columns = [self._column(name) for name in self.groups]
+            selected.append(self._of_days(self.groups, f"{clause} AND {behind(columns)}"))
+        if self.rest:
+            columns = [_rest_column(name) for name in self.groups]
+            selected.append(self._of_rest(self.groups, clause, behind(columns)))
+        query = self._together(selected)
         order = ", ".join(str(n + 1) for n in range(len(self.groups)))
-        return query + (f" ORDER BY {order}" if order else ""), conditions.values
+        return query + (f" ORDER BY {order}" if order else ""), values.values
 
     def _of_projects(
         self, names: Sequence[str], last: Sequence[Value] | None
@@ -189,22 +213,62 @@ class DaySums:
         Asked for all of them at once, the planner likes to read the days of all projects there are.
         """
         conditions, rest = self._conditions(), self.groups[1:]
-        selected = self._select(
-            rest, f" AND project_id = asked.project_id{conditions.also}", is_one_project=True
-        )
-        if not rest:
-            selected += " HAVING count(*) > 0"
         values = Conditions(*conditions.values)
-        place = values.value(names)
+        asked = (
+            f"unnest({values.value(names)}::text[]) WITH ORDINALITY AS asked (project_id, place)"
+        )
+        keys = ["project_id", *(f"key_{n}" for n in range(len(rest)))]
+        selected = []
+        if self.days:
+            days = self._of_days(
+                rest, f" AND project_id = asked.project_id{conditions.also}", is_one_project=True
+            )
+            if not rest:
+                days += " HAVING count(*) > 0"
+            selected.append(
+                f"SELECT asked.place, asked.project_id, sums.* FROM {asked}"  # noqa: S608  constants of this module
+                f" CROSS JOIN LATERAL ({days}) AS sums"
+            )
+        if self.rest:
+            # few rows of each, and found for all at once: to look them up one by one takes longer
+            known = f"project_id = ANY({values.value(names)})"
+            if "" in names and self.projects is None:
+                known = f"({known} OR project_id IS NULL)"
+            facts = self._of_rest(self.groups, f"{conditions.also} AND {known}", "TRUE")
+            found = ", ".join(f"found.key_{n + 1} AS key_{n}" for n in range(len(rest)))
+            selected.append(
+                f"SELECT asked.place, asked.project_id{found and f', {found}'}, names, sums"  # noqa: S608  constants of this module
+                f" FROM ({facts}) AS found JOIN {asked} ON asked.project_id = found.key_0"
+            )
         if last is not None:
-            keys = ", ".join(("asked.project_id", *(f"key_{n}" for n in range(len(rest)))))
-            values.add(f"({keys}) > ({', '.join('{}' for _ in last)})", *last)
-        order = ", ".join(("place", *(f"key_{n}" for n in range(len(rest)))))
+            compared = ", ".join(values.value(part) for part in last)
+            values.add(f"({', '.join(keys)}) > ({compared})")
+        texts = "names, sums"
+        if len(selected) > 1 and self._do_meet:
+            texts = "string_agg(names, ',') AS names, string_agg(sums, ',') AS sums"
+        order = ", ".join(("place", *keys[1:]))
         return (
-            f"SELECT asked.project_id, sums.* FROM unnest({place}::text[])"  # noqa: S608  constants of this module
-            f" WITH ORDINALITY AS asked (project_id, place) CROSS JOIN LATERAL ({selected}) AS sums"
-            f" {values.clause} ORDER BY {order}"
+            f"SELECT {', '.join(keys)}, {texts} FROM ({' UNION ALL '.join(selected)}) AS found"  # noqa: S608  constants of this module
+            f" {values.clause}"
+            + (f" GROUP BY {order}, project_id" if texts != "names, sums" else "")
+            + f" ORDER BY {order}"
         ), values.values
+
+    def _together(self, selected: Sequence[str]) -> str:
+        """The groups of all of these, each of them once."""
+        united = " UNION ALL ".join(selected)
+        if len(selected) == 1 or not self._do_meet:
+            return united
+        keys = [f"key_{n}" for n in range(len(self.groups))]
+        columns = [*keys, "string_agg(names, ',') AS names", "string_agg(sums, ',') AS sums"]
+        return f"SELECT {', '.join(columns)} FROM ({united}) AS found" + (  # noqa: S608  constants of this module
+            f" GROUP BY {', '.join(keys)}" if keys else ""
+        )
+
+    @property
+    def _do_meet(self) -> bool:
+        """Whether summed days and the rest may be of one group."""
+        return "day" not in self.groups
 
     def _conditions(self) -> Conditions:
         conditions = Conditions()
@@ -212,15 +276,13 @@ class DaySums:
         conditions.add("resource_type = {}", self.resource_type)
         return conditions
 
-    def _select(
-        self, groups: Sequence[str], conditions: str, *, is_one_project: bool = False
-    ) -> str:
-        """What each group is told apart by, the names of its sums, and the sums."""
+    def _of_days(self, groups: Sequence[str], clause: str, *, is_one_project: bool = False) -> str:
+        """What each group is told apart by, the names of its sums, and the sums: of whole days."""
         # the days are spelled out: a plan for any days would think them few
-        cells = (
-            f"usage_day WHERE day >= DATE '{self.first}' AND day < DATE '{self.until}'"
-            f" AND amount <> 0{conditions}"
+        among = " OR ".join(
+            f"(day >= DATE '{first}' AND day < DATE '{until}')" for first, until in self.days
         )
+        cells = f"usage_day WHERE ({among}) AND amount <> 0{clause}"
         keys = [f"{self._column(name)} AS key_{n}" for n, name in enumerate(groups)]
         if "day" not in groups or not (is_one_project or "project" in groups):
             # else hardly any two would be of one sum: a group is the table's key but for region and type
@@ -235,10 +297,48 @@ class DaySums:
             f" GROUP BY {grouped}" if grouped else ""
         )
 
+    def _of_rest(self, groups: Sequence[str], clause: str, behind: str) -> str:
+        """The same of the rest: of the facts that meet the clause, those whose groups are `behind` others."""
+        facts = " UNION ALL ".join(
+            f"SELECT facts.*, {self._part(start)} AS part FROM ("  # noqa: S608  constants of this module
+            + usage_sql.facts(
+                clause,
+                None,
+                "",
+                start=_spelled(start),
+                end=_spelled(end),
+                has_states=False,
+                is_brief=True,
+            )
+            + ") AS facts"
+            for start, end in self.rest
+        )
+        columns, named = usage_sql.named(self.measures)
+        keys = [f"key_{n}" for n in range(len(groups))]
+        selected = [f"{_rest_column(name)} AS key_{n}" for n, name in enumerate(groups)]
+        kinds = ", ".join([*keys, "resource_type", "counter"])
+        summed = (
+            f"SELECT {', '.join([*selected, 'resource_type', 'counter', *columns])}"  # noqa: S608  constants of this module, names of the mapping
+            f" FROM ({facts}) AS facts WHERE {behind} GROUP BY {kinds}"
+        )
+        return f"SELECT {', '.join([*keys, _NAMED])} FROM ({summed}) AS kinds{named}" + (  # noqa: S608  the same
+            f" GROUP BY {', '.join(keys)}" if keys else ""
+        )
+
+    def _part(self, start: datetime) -> str:
+        """The group of time, or the slice, of what is of the span that starts then."""
+        day = _day(start)
+        if SLICE in self.groups:
+            return str(bisect_right(self.edges, start))
+        if "month" in self.groups:
+            day = day.replace(day=1)
+        return f"DATE '{day}'"
+
     def _column(self, group: str) -> str:
         if group != SLICE:
             return _COLUMN[group]
-        edges = ", ".join(f"'{edge}'" for edge in self.edges)
+        # a day is behind an edge if its begin is not before it
+        edges = ", ".join(f"'{_day(edge + _DAY - MICROSECOND)}'" for edge in self.edges)
         return f"width_bucket(day, ARRAY[{edges}]::date[])"
 
     def _read(self, rows: Sequence[asyncpg.Record]) -> list[Summed]:
@@ -287,3 +387,19 @@ def _shown(group: str, values: Sequence[Value]) -> list[str | None]:
         spelled = {day: f"{day}T00:00:00" for day in set(values)}
         return [spelled[day] for day in values]
     return [str(value) or None for value in values]
+
+
+def _rest_column(group: str) -> str:
+    """What facts of the rest are told apart by."""
+    if group in BUCKETS or group == SLICE:
+        return "part"
+    return "coalesce(project_id, '')" if group == "project" else _COLUMN[group]
+
+
+def _day(moment: datetime) -> date:
+    return moment.astimezone(UTC).date()
+
+
+def _spelled(moment: datetime) -> str:
+    """A moment in a statement: as with days, a plan for any would think what is of it little."""
+    return f"TIMESTAMPTZ '{moment.astimezone(UTC).isoformat()}'"

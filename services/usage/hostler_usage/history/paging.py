@@ -55,10 +55,13 @@ class Conditions:
 
 
 def visible_projects(scope: Scope, project_id: str | None = None) -> list[str] | None:
-    """The projects a statement may look at: those asked for among those allowed."""
+    """The projects a statement may look at: those asked for among those allowed.
+
+    Never one without a name: so sums call what is of no known project, which is nobody's own.
+    """
     if project_id is None:
-        return None if scope is None else sorted(scope)
-    return [project_id] if scope is None or project_id in scope else []
+        return None if scope is None else sorted(name for name in scope if name)
+    return [project_id] if project_id and (scope is None or project_id in scope) else []
 
 
 def marker_after(parts: Sequence[str]) -> str:

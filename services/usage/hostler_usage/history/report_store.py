@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from collections.abc import Mapping as Table
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import pairwise
 from typing import Final
 
 import asyncpg
@@ -29,8 +30,9 @@ from hostler_usage.history.paging import (
     marker_after,
     visible_projects,
 )
+from hostler_usage.history.project_order_store import projects_from
 from hostler_usage.history.rollup_store import days_until
-from hostler_usage.history.summed_days import Parts, parts
+from hostler_usage.history.summed_days import Parts, midnights, parts, pieces
 from hostler_usage.money.budget import KIND
 from hostler_usage.reading.mapping import Mapping, Measure
 from hostler_usage.reading.statement import ResourceKey
@@ -71,9 +73,16 @@ _COLUMN: Final = {
     "label": "label",
 }
 _BUCKETS: Final = ("hour", "day", "month")
+MOST_PIECES: Final = 16
+"""Each part of a window that is not summed up is read for itself, beside the sums of days, if there are no more."""
+# a page that begins with projects looks at so many of them; where they have less, at more
+_PROJECTS_AT_ONCE: Final = 4
+_ROWS_A_PROJECT: Final = 20
+_BUCKET_LENGTHS: Final = {"hour": timedelta(hours=1), "day": timedelta(days=1)}
 ROWS_A_BATCH: Final = 1000
-# a whole table is grouped at once: with the usual 4 MB it is sorted on the disk
-_IN_MEMORY: Final = "SET LOCAL work_mem = '64MB'"
+# a whole table is grouped at once: with the usual 4 MB it is sorted on the disk. To compile so many sums takes longer
+# than to reckon them
+_IN_MEMORY: Final = "SET LOCAL work_mem = '64MB'; SET LOCAL jit = off"
 _READING_SECONDS: Final = 600.0  # until the first rows come everything has been grouped
 
 
@@ -165,7 +174,9 @@ _EVENT_COLUMNS = (
     "event_time, message_id, body_sha256, seq, received_at, source, region, exchange, routing_key,"
     " event_type, publisher_id, priority, request_id, project_id, resource_type, resource_id,"
     " has_own_id, is_known, coalesce(problems, '{}') AS problems, content_type, content_encoding,"
-    " octet_length(body) AS body_bytes"
+    " octet_length(body) AS body_bytes, (SELECT greatest(1, count(*)) FROM (SELECT"
+    "  FROM event_conflict AS c WHERE c.message_id = raw_event.message_id LIMIT 100) AS under_it"
+    " ) AS bodies"
 )
 _EVENTS = "raw_event JOIN origin ON origin.id = raw_event.origin"
 
@@ -208,22 +219,59 @@ class ReportStore:
                     await connection.fetchval("SELECT now() AT TIME ZONE $1::text", time_zone)
                 of = await self._parts(connection, edges, groups, where, time_zone)
                 sums = self._day_sums(of, groups, where)
+                if sums is None or sums.rest:
+                    await connection.execute(_IN_MEMORY)
                 if sums is not None:
                     after = marked_parts(marker, len(groups)) or None
                     summed, is_more = await sums.page(connection, after, limit)
                     found = [_summed_row(one) for one in summed]
                 else:
-                    query = self._query(
-                        of, edges, groups, where, time_zone=time_zone, marker=marker, limit=limit
+                    ask = partial(
+                        self._query, of, edges, groups, where, time_zone=time_zone, marker=marker
                     )
-                    rows = await connection.fetch(query.text, *query.values)
-                    found = [query.usage_row(row) for row in rows]
-                    is_more = bool(groups) and len(rows) == limit
+                    found = []
+                    async with aclosing(
+                        self._narrowed(connection, window, groups, where, marker, limit)
+                    ) as narrowed:
+                        async for projects in narrowed:
+                            query = ask(projects=projects, limit=limit - len(found))
+                            rows = await connection.fetch(query.text, *query.values)
+                            found += (query.usage_row(row) for row in rows)
+                            if len(found) == limit:
+                                break
+                    is_more = bool(groups) and len(found) == limit
             except asyncpg.InvalidParameterValueError as exc:
                 raise GroupUnknown(f"there is no time zone {time_zone}") from exc
         if not is_more:
             return found, None
         return found, marker_after([found[-1].group[name] or "" for name in groups])
+
+    async def _narrowed(
+        self,
+        connection: db.Connection,
+        window: Window,
+        groups: Sequence[Group],
+        where: UsageFilter,
+        marker: str | None,
+        limit: int,
+    ) -> AsyncGenerator[Sequence[str] | None]:
+        """The projects to ask about for a page, some after the other; None where it needs all at once."""
+        if not groups or groups[0] != "project" or where.subjects or where.resource_id is not None:
+            yield None
+            return
+        after = marked_parts(marker, len(groups))
+        lengths = [length for name, length in _BUCKET_LENGTHS.items() if name in groups]
+        rows = max([_ROWS_A_PROJECT, *((window.upper - window.start) // one for one in lengths)])
+        known = projects_from(
+            connection,
+            after[0] if after else "",
+            max(_PROJECTS_AT_ONCE, limit // rows),
+            among=visible_projects(where.scope, where.project_id),
+            are_summed=False,
+        )
+        async with aclosing(known) as batches:
+            async for names in batches:
+                yield names
 
     async def all_usage(
         self, window: Window, groups: Sequence[Group], where: UsageFilter
@@ -277,9 +325,9 @@ class ReportStore:
         async with db.transaction(self.pool) as connection:
             of = await self._parts(connection, window, groups, where)
             await connection.execute(_IN_MEMORY)
-            sums = self._day_sums(of, groups, where)
+            sums = self._day_sums(of, groups, where, edges=window)
             if sums is not None:
-                async with aclosing(_day_slices(sums, connection, window, leading)) as batches:
+                async with aclosing(_day_slices(sums, connection, leading)) as batches:
                     async for rows in batches:
                         yield rows
                 return
@@ -308,17 +356,30 @@ class ReportStore:
             if where.resource_type in (None, item.resource_type)
         ]
 
-    def _day_sums(self, of: Parts, groups: Sequence[Group], where: UsageFilter) -> DaySums | None:
-        """What answers where sums of whole days do so alone."""
-        if not of.days or of.rest or where.subjects is not None or not GROUPS.issuperset(groups):
+    def _day_sums(
+        self,
+        of: Parts,
+        groups: Sequence[Group],
+        where: UsageFilter,
+        *,
+        edges: Sequence[datetime] = (),
+    ) -> DaySums | None:
+        """What answers where sums of whole days do, but for a few spans of time: cut at these edges, if any."""
+        if not of.days or where.subjects is not None or not GROUPS.issuperset(groups):
             return None
         if len(BUCKETS.intersection(groups)) > 1:
             return None
-        ((first, until),) = of.days
+        cuts = set(edges)
+        if not BUCKETS.isdisjoint(groups):
+            cuts |= {cut for cut in midnights(of.rest) if "day" in groups or cut.day == 1}
+        rest = pieces(of.rest, cuts)
+        if len(rest) > MOST_PIECES:
+            return None
         return DaySums(
-            first=first,
-            until=until,
+            days=of.days,
+            rest=rest,
             groups=groups,
+            edges=edges,
             measures=self._measures(where),
             projects=visible_projects(where.scope, where.project_id),
             region=where.region,
@@ -337,8 +398,12 @@ class ReportStore:
         leading: int = 0,
         marker: str | None = None,
         limit: int | None = None,
+        projects: Sequence[str] | None = None,
     ) -> "_Query":
-        """What to ask for the usage of the window that `edges` begin and end, and cut if it is sliced."""
+        """What to ask for the usage of the window that `edges` begin and end, and cut if it is sliced.
+
+        With `projects`, visible ones, of these only; "" is what is of no known project.
+        """
         measures = self._measures(where)
         conditions = Conditions(edges[0], edges[-1])
         kinds = group_kinds(groups)
@@ -346,7 +411,11 @@ class ReportStore:
         buckets = [group for group in groups if group in _BUCKETS]
         if len(buckets) > 1:
             raise GroupUnknown(f"one of {', '.join(_BUCKETS)} at a time")
-        conditions.add("project_id = ANY({})", visible_projects(where.scope, where.project_id))
+        visible = visible_projects(where.scope, where.project_id)
+        is_known = "project_id = ANY({})"
+        if projects is not None and visible is None and "" in projects:
+            is_known = f"({is_known} OR project_id IS NULL)"
+        conditions.add(is_known, visible if projects is None else projects)
         if where.subjects is not None:
             conditions.add(
                 "(project_id = ANY({}) OR project_id IN (SELECT g.project_id FROM project_group AS g"
@@ -637,15 +706,16 @@ def _is_summed(groups: Sequence[Group], where: UsageFilter, time_zone: str) -> b
 
 
 async def _day_slices(
-    sums: DaySums, connection: db.Connection, edges: Sequence[datetime], leading: int
+    sums: DaySums, connection: db.Connection, leading: int
 ) -> AsyncGenerator[list[SliceRow]]:
-    """What is cut where days end, from the sums of days alone."""
-    days = [edge.astimezone(UTC).date() for edge in edges]
-    bucket, numbers = SLICE, {str(n + 1): n for n in range(len(days) - 1)}
-    if len(days) - 1 == (days[-1] - days[0]).days:  # as they are stored: there is less to reckon
+    """The slices between the edges of these sums."""
+    slices = list(pairwise(sums.edges))
+    bucket, numbers = SLICE, {str(n + 1): n for n in range(len(slices))}
+    days = [start.astimezone(UTC).date() for start, _ in slices]
+    if days == sorted(set(days)) and not midnights(slices):
+        # each is of a day of its own: as they are stored, there is less to reckon
         bucket, numbers = "day", {f"{day}T00:00:00": n for n, day in enumerate(days)}
-    groups = [*sums.groups[:leading], bucket, *sums.groups[leading:]]
-    sliced = replace(sums, groups=groups, edges=days)
+    sliced = replace(sums, groups=[*sums.groups[:leading], bucket, *sums.groups[leading:]])
     async with aclosing(sliced.all(connection)) as batches:
         async for batch in batches:
             yield [

@@ -45,6 +45,7 @@ class RetentionJobs:
             if dropped is None:
                 return
             await self.feeds.forget(month.end)
+            await self.store.forget_conflicts(month.end)
             self.dropped_months.inc()
             self.dropped_messages.inc(dropped.messages)
             log.info(

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Final
 
 from hostler_common import db
+from hostler_usage.history.conflict_store import forget_some
 from hostler_usage.history.rebuild_store import REWRITING
 from hostler_usage.history.retention import Month
 
@@ -67,6 +68,21 @@ class RetentionStore:
                     break
             return await self._finish(month, settled, messages, statements)
 
+    async def forget_conflicts(self, before: datetime) -> None:
+        """No conflict is kept of messages before a moment, if none is stored any more under their ids.
+
+        For when months were dropped. A message that is kept goes on being said to have had another beside it.
+
+        Raises:
+            DatabaseUnavailable: some of them are kept, as far as is known; the next month's takes them along.
+        """
+        after: tuple[datetime, str, bytes] | None = None
+        while True:
+            async with db.transaction(self.pool) as connection:
+                after = await forget_some(connection, before, after)
+            if after is None:
+                return
+
     async def _settled_seq(self) -> int:
         """A number up to which every message is committed, or never will be."""
         async with db.transaction(self.pool) as connection:
@@ -116,11 +132,6 @@ class RetentionStore:
                 f"INSERT INTO statement_apart ({_SAID}) SELECT {_SAID} FROM {month.name}"  # noqa: S608  the name was matched
                 " WHERE seq > $1 AND said IS NOT NULL ON CONFLICT DO NOTHING",
                 settled,
-            )
-            await connection.execute(
-                "DELETE FROM event_conflict WHERE event_time >= $1 AND event_time < $2",
-                month.start,
-                month.end,
             )
             await connection.execute(f"DROP TABLE {month.name}")
         return Dropped(messages=messages, statements=statements + int(rest.split()[-1]))

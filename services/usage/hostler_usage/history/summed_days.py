@@ -5,7 +5,8 @@ days that a cut goes through, those that are not summed up yet, and the ends of 
 the facts.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
@@ -16,6 +17,8 @@ from hostler_usage.reading.times import MICROSECOND
 
 MOST_STRETCHES: Final = 12
 """Each is one more condition, and one more reading of facts beside it, in a statement."""
+Span = tuple[datetime, datetime]
+"""`[start, end)`."""
 _DAY: Final = timedelta(days=1)
 
 
@@ -27,7 +30,7 @@ class Parts:
     """
 
     days: tuple[tuple[date, date], ...]
-    rest: tuple[tuple[datetime, datetime], ...]
+    rest: tuple[Span, ...]
 
 
 def parts(edges: Sequence[datetime], until: date | None) -> Parts:
@@ -49,3 +52,24 @@ def parts(edges: Sequence[datetime], until: date | None) -> Parts:
     cuts = [edges[0], *(midnight(day) for stretch in days for day in stretch), edges[-1]]
     rest = zip(cuts[::2], cuts[1::2], strict=True)
     return Parts(days=days, rest=tuple((one, other) for one, other in rest if one < other))
+
+
+def pieces(spans: Iterable[Span], cuts: Iterable[datetime]) -> list[Span]:
+    """The spans, each cut where one of the cuts lies within it."""
+    moments = sorted(cuts)
+    found: list[Span] = []
+    for start, end in spans:
+        within = moments[bisect_right(moments, start) : bisect_left(moments, end)]
+        found += pairwise([start, *within, end])
+    return found
+
+
+def midnights(spans: Iterable[Span]) -> list[datetime]:
+    """The midnights within spans, in UTC."""
+    found = []
+    for start, end in spans:
+        moment = midnight(start.astimezone(UTC).date() + _DAY)
+        while moment < end:
+            found.append(moment)
+            moment += _DAY
+    return found

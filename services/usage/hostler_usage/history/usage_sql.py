@@ -97,6 +97,8 @@ def facts(
     groups: int = 0,
     is_split: bool = False,
     edges: str | None = None,
+    has_states: bool = True,
+    is_brief: bool = False,
 ) -> str:
     """What was held and what moved between two places, one row a piece; cut at buckets, if asked.
 
@@ -107,9 +109,15 @@ def facts(
     to the bucket before the one that its own local time names.
 
     With `groups`, how many kinds `memberships` has, rows are cut where a project changes its groups
-    and end with them. With `is_split` the rows are those of each `split_day`.
+    and end with them. With `is_split` the rows are those of each `split_day`. What a resource was
+    when something moved is looked up only if this `has_states`. A span that `is_brief` is spelled out,
+    not in places, and does not end before it begins.
     """
-    among = ""
+    among = in_reach = ""
+    if is_brief:
+        # the same once more, for the index that finds a span's intervals among those of years before and after it;
+        # a plan for any span would think all of them brief, and read the whole index beside a project's own
+        in_reach = f" AND tstzrange(starts_at, ends_at) && tstzrange({start}, {end})"
     if is_split:
         among = " JOIN split_day ON split_member = project_id"
         start, end = "split_from", "split_until"
@@ -154,17 +162,22 @@ def facts(
         f" - extract(epoch FROM {lower})) AS quantity, NULL::text AS summed{name}{group_columns(groups)}"
         f" FROM usage_interval{among}{split}{cut}"
         f" WHERE {start} < {end} AND starts_at < {end}"
-        f" AND (ends_at IS NULL OR ends_at > {start}){clause}"
+        f" AND (ends_at IS NULL OR ends_at > {start}){in_reach}{clause}"
         + (" AND since < until" if cut else "")
     )
-    # what a resource was when something moved is in the interval of that moment
+    was, looked_up = "NULL::text, NULL::text, NULL::jsonb", ""
+    if has_states:  # it is in the one interval of that moment
+        was = "i.user_id, i.state_class, i.attributes"
+        looked_up = (
+            " LEFT JOIN usage_interval AS i ON (i.resource_id, i.resource_type, i.region)"
+            " = (a.resource_id, a.resource_type, a.region)"
+            " AND i.starts_at <= a.at AND (i.ends_at IS NULL OR i.ends_at > a.at)"
+        )
     moved = (
-        "SELECT a.region, a.resource_type, a.resource_id, a.project_id, i.user_id, i.state_class,"
-        f" i.attributes, a.counter, a.label, a.amount, NULL::text{moved_in}{group_columns(groups)}"
+        f"SELECT a.region, a.resource_type, a.resource_id, a.project_id, {was},"
+        f" a.counter, a.label, a.amount, NULL::text{moved_in}{group_columns(groups)}"
         f" FROM (SELECT * FROM usage_amount{among} WHERE at >= {start} AND at < {end}{clause}) AS a"
-        " LEFT JOIN usage_interval AS i"
-        " ON (i.resource_id, i.resource_type, i.region) = (a.resource_id, a.resource_type, a.region)"
-        f" AND i.starts_at <= a.at AND (i.ends_at IS NULL OR i.ends_at > a.at){moved_split}"
+        f"{looked_up}{moved_split}"
     )
     return f"{held} UNION ALL {moved}"
 
@@ -244,6 +257,29 @@ def amounts(
     else:
         found = {item.name: sums[item.attribute] for item in measures if item.is_held}
     return {name: int(amount) for name, amount in found.items() if amount}
+
+
+def named(measures: Sequence[Measure]) -> tuple[list[str], str]:
+    """The columns that sum up facts of one `resource_type` and `counter`, and the rows that name measures in them.
+
+    Each of the rows, `named`, has the `name` of a measure and what it amounts to in `amount`; they are
+    joined to `kinds`, which has the columns.
+    """
+    by_attribute = sums(measures)
+    column = {attribute: f"sum_{n}" for n, attribute in enumerate(by_attribute)}
+    counter = {None: "NULL"} | {
+        name: f"'{name}'" for name in (item.counter for item in measures) if name
+    }
+    rows = ", ".join(
+        f"('{item.resource_type}', {counter[item.counter]}, '{item.name}', {column[item.attribute]})"
+        for item in measures
+    )
+    return (
+        [f"{text} AS {column[attribute]}" for attribute, text in by_attribute.items()],
+        f" LEFT JOIN LATERAL (VALUES {rows}) AS named (of_type, of_counter, name, amount)"
+        " ON of_type = kinds.resource_type AND of_counter IS NOT DISTINCT FROM kinds.counter"
+        " AND amount <> 0",
+    )
 
 
 def total(measure: Measure) -> str:

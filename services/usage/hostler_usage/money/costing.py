@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal
 from fractions import Fraction
 from functools import cache
 from typing import Final
@@ -35,7 +34,17 @@ from hostler_usage.money import budget as budgets
 from hostler_usage.money.budget import Budget, Period, State, Subject
 from hostler_usage.money.price_book import Metered, PriceBook, price_book
 from hostler_usage.money.price_store import PriceBookNotFound, PriceStore, StoredBook
-from hostler_usage.money.rating import Charge, Rated, Slice, UsageLine, money, rate, slices
+from hostler_usage.money.rating import (
+    Charge,
+    Rate,
+    Rating,
+    Slice,
+    UsageLine,
+    money,
+    rate,
+    rounded,
+    slices,
+)
 from hostler_usage.reading.times import MICROSECOND, PLAUSIBLE_FROM, PLAUSIBLE_UNTIL
 
 MAX_SLICES: Final = 500
@@ -79,37 +88,89 @@ class Book:
     book: PriceBook
 
 
-@dataclass(slots=True)
-class Share:
-    """What a group costs by one book: exact sums, and amounts that have no price."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What something costs by a book, exact: in all, and by price and measure."""
 
-    list_cost: Fraction = Fraction(0)
-    quantities: dict[tuple[str, str], Fraction] = field(
-        default_factory=lambda: defaultdict(Fraction)
-    )
-    costs: dict[tuple[str, str], Fraction] = field(default_factory=lambda: defaultdict(Fraction))
+    list_cost: Fraction
+    quantities: Mapping[tuple[str, str], Fraction]
+    costs: Mapping[tuple[str, str], Fraction]
+
+    @property
+    def cost(self) -> Fraction:
+        """By all prices together."""
+        return sum(self.costs.values(), Fraction(0))
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """What a group costs by one book, and amounts that have no price.
+
+    Of many groups few are looked at: what is charged at a rate is summed up as the integer it is, and
+    becomes money in `sums`.
+    """
+
     unpriced: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _amounts: dict[Rate, int] = field(default_factory=lambda: defaultdict(int))
+    # what accumulated, by rate: its quantity, and its cost before discounts
+    _accumulated: dict[Rate, tuple[Fraction, Fraction]] = field(default_factory=dict)
+
+    def sums(self) -> Sums:
+        """The exact sums."""
+        quantities: dict[tuple[str, str], Fraction] = {}
+        costs: dict[tuple[str, str], Fraction] = {}
+        found = [
+            (at, amount * at.quantity, amount * at.list_cost)
+            for at, amount in self._amounts.items()
+        ]
+        found += ((at, *charged) for at, charged in self._accumulated.items())
+        for at, quantity, list_cost in found:
+            key = (at.price, at.measure)
+            cost = list_cost if at.kept == 1 else list_cost * at.kept
+            if key in costs:
+                quantities[key] += quantity
+                costs[key] += cost
+            else:
+                quantities[key], costs[key] = quantity, cost
+        return Sums(
+            list_cost=sum((list_cost for _, _, list_cost in found), Fraction(0)),
+            quantities=quantities,
+            costs=costs,
+        )
 
     @property
     def cost(self) -> Fraction:
         """What it costs by all prices together."""
-        return sum(self.costs.values(), Fraction(0))
+        return self.sums().cost
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Share):
+            return NotImplemented
+        return (self.sums(), self.unpriced) == (other.sums(), other.unpriced)
+
+    __hash__ = None  # type: ignore[assignment]  # it is added to
 
     def charge(self, item: Charge) -> None:
         """The charge is in the sums."""
-        key = (item.price, item.line.measure)
-        self.list_cost += item.list_cost
-        self.quantities[key] += item.quantity
-        self.costs[key] += item.cost
+        if item.accumulated is None:
+            self._amounts[item.rate] += item.line.amount
+        else:
+            self._accumulate(item.rate, item.accumulated)
 
     def add(self, other: "Share") -> None:
         """The other is in the sums."""
-        self.list_cost += other.list_cost
-        for key, quantity in other.quantities.items():
-            self.quantities[key] += quantity
-            self.costs[key] += other.costs[key]
+        for at, amount in other._amounts.items():
+            self._amounts[at] += amount
+        for at, charged in other._accumulated.items():
+            self._accumulate(at, charged)
         for name, amount in other.unpriced.items():
             self.unpriced[name] += amount
+
+    def _accumulate(self, at: Rate, charged: tuple[Fraction, Fraction]) -> None:
+        before = self._accumulated.get(at)
+        if before is not None:
+            charged = (before[0] + charged[0], before[1] + charged[1])
+        self._accumulated[at] = charged
 
 
 Key = tuple[str | None, ...]
@@ -275,8 +336,10 @@ class Costing:
         )
         rows: dict[Key, list[Share]] = defaultdict(lambda: [Share() for _ in books])
 
+        ratings = [Rating(book, self.metered.measures) for book in books]
+
         def add(lines: Sequence[UsageLine]) -> None:
-            self._add(rows, question, books, grouping, lines)
+            _add(rows, question, ratings, grouping, lines)
 
         async with aclosing(
             self.lines(spans, dimensions, where, question.as_of, are_together=accumulates)
@@ -328,27 +391,6 @@ class Costing:
             return tuple(found)
 
         return _Grouping(edges=frozenset(edges), dimensions=frozenset(dimensions), key=key)
-
-    def _add(
-        self,
-        rows: Mapping[Key, list[Share]],
-        question: Question,
-        books: Sequence[PriceBook],
-        grouping: _Grouping,
-        lines: Sequence[UsageLine],
-    ) -> None:
-        """What the lines cost is in the rows."""
-        for number, book in enumerate(books):
-            result = self._rate(book, lines, question.start)
-            for charge in result.charges:
-                if _is_asked_for(charge.line, question.only):
-                    rows[grouping.key(charge.line)][number].charge(charge)
-            for line in result.unpriced:
-                if _is_asked_for(line, question.only):
-                    rows[grouping.key(line)][number].unpriced[line.measure] += line.amount
-
-    def _rate(self, book: PriceBook, lines: Iterable[UsageLine], counted_from: datetime) -> Rated:
-        return rate(book, lines, measures=self.metered.measures, counted_from=counted_from)
 
     # --- budgets
 
@@ -448,7 +490,10 @@ class Costing:
                 if line.measure in needed
             ]
         else:
-            used = [(item.line, item.cost) for item in self._rate(book, lines, start).charges]
+            used = [
+                (item.line, item.cost)
+                for item in rate(book, lines, measures=measures, counted_from=start).charges
+            ]
         by_name: dict[tuple[str, str | None], list[tuple[UsageLine, Fraction]]]
         by_name = {key: [] for one in of for key in _counted(one.subject)}
         for item in used:
@@ -496,7 +541,7 @@ class Costing:
             )
             for name, amount in request.amounts.items()
         ]
-        result = await asyncio.to_thread(self._rate, book, lines, now)
+        result = await asyncio.to_thread(rate, book, lines, measures=measures, counted_from=now)
         return Asked(
             amount=sum((charge.cost for charge in result.charges), Fraction(0)),
             unpriced=tuple(sorted({line.measure for line in result.unpriced})),
@@ -522,7 +567,7 @@ def in_utc(moment: datetime) -> datetime:
 
 def decimals(amount: Fraction, places: int = 6) -> str:
     """The amount for eyes, rounded half to even."""
-    return format(Decimal(f"{round(amount * 10**places)}e-{places}"), "f")
+    return format(rounded(amount, places), "f")
 
 
 def shown(amount: Fraction, of: Budget, unit: str) -> str:
@@ -558,8 +603,26 @@ def _bounded(spans: list[Slice]) -> list[Slice]:
     return spans
 
 
+def _add(
+    rows: Mapping[Key, list[Share]],
+    question: Question,
+    ratings: Sequence[Rating],
+    grouping: _Grouping,
+    lines: Sequence[UsageLine],
+) -> None:
+    """What the lines cost is in the rows."""
+    for number, rating in enumerate(ratings):
+        result = rating.rate(lines, question.start)
+        for charge in result.charges:
+            if _is_asked_for(charge.line, question.only):
+                rows[grouping.key(charge.line)][number].charge(charge)
+        for line in result.unpriced:
+            if _is_asked_for(line, question.only):
+                rows[grouping.key(line)][number].unpriced[line.measure] += line.amount
+
+
 def _is_asked_for(line: UsageLine, only: Mapping[str, str]) -> bool:
-    return all(line.group[name] == value for name, value in only.items())
+    return not only or all(line.group[name] == value for name, value in only.items())
 
 
 def _whole(amount: Fraction) -> int:

@@ -180,19 +180,20 @@ def _money(amount: Fraction, currency: str) -> str:
 
 
 def _share(store: Costing, share: Share, currency: str) -> dict[str, Any]:
-    measures = store.metered.measures
+    measures, sums = store.metered.measures, share.sums()
+    cost = sums.cost
     return {
-        "cost": _money(share.cost, currency),
-        "cost_exact": f"{share.cost.numerator}/{share.cost.denominator}",
-        "list_cost": _money(share.list_cost, currency),
+        "cost": _money(cost, currency),
+        "cost_exact": f"{cost.numerator}/{cost.denominator}",
+        "list_cost": _money(sums.list_cost, currency),
         "charges": [
             ChargeView(
                 price=price,
                 measure=measure,
-                quantity=costing.decimals(share.quantities[price, measure]),
-                cost=_money(share.costs[price, measure], currency),
+                quantity=costing.decimals(sums.quantities[price, measure]),
+                cost=_money(sums.costs[price, measure], currency),
             )
-            for price, measure in sorted(share.costs)
+            for price, measure in sorted(sums.costs)
         ],
         "unpriced": [
             UnpricedView(

@@ -83,14 +83,54 @@ class UsageLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Charge:
-    """What a line costs, exact. `quantity` is in the price's unit; `list_cost` is before discounts."""
+class Rate:
+    """What one microsecond of a unit held, or one unit that moved, comes to by a price, where nothing accumulates.
 
-    line: UsageLine
+    `quantity` is in the price's unit; `list_cost` is before discounts, which leave the share `kept` of it.
+    Amounts can be summed by it, before they become money.
+    """
+
     price: str
+    measure: str
     quantity: Fraction
     list_cost: Fraction
-    cost: Fraction
+    kept: Fraction
+
+    def __hash__(self) -> int:
+        # few differ in their fractions alone, and to hash a fraction takes longer than to rate a line
+        return hash((self.price, self.measure))
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a line costs, exact: its amount at the rate, or `accumulated`, where what else was used has a say in it.
+
+    That is a quantity in the price's unit, and its cost before discounts.
+    """
+
+    line: UsageLine
+    rate: Rate
+    accumulated: tuple[Fraction, Fraction] | None = None
+
+    @property
+    def price(self) -> str:
+        """The name of the price."""
+        return self.rate.price
+
+    @property
+    def quantity(self) -> Fraction:
+        """In the price's unit."""
+        return self.accumulated[0] if self.accumulated else self.line.amount * self.rate.quantity
+
+    @property
+    def list_cost(self) -> Fraction:
+        """Before discounts."""
+        return self.accumulated[1] if self.accumulated else self.line.amount * self.rate.list_cost
+
+    @property
+    def cost(self) -> Fraction:
+        """After discounts."""
+        return self.list_cost * self.rate.kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,24 +191,41 @@ def rate(
         ValueError: a price changes or a period begins within a line, slices overlap, or a line
             lacks a dimension of the book: the caller did not use `slices` and `dimensions`.
     """
-    finder = _Finder(book, measures)
-    items: list[_Item] = []
-    unpriced: list[UsageLine] = []
-    for line in lines:
-        if not line.amount or line.measure in book.free:
-            continue
-        found = finder.terms(line)
-        if found is None:
-            if line.start >= counted_from:
-                unpriced.append(line)
-            continue
-        items.append(_Item(line, *found))
-    _count_time(book, [item for item in items if item.price.is_rounded])
-    _count_tiers(book, [item for item in items if item.price.is_tiered])
-    return Rated(
-        charges=tuple(item.charge() for item in items if item.line.start >= counted_from),
-        unpriced=tuple(unpriced),
-    )
+    return Rating(book, measures).rate(lines, counted_from)
+
+
+class Rating:
+    """A book by which lines are rated, some at a time: what has the same rate, has the same object for it."""
+
+    def __init__(self, book: PriceBook, measures: Mapping[str, Measure]) -> None:
+        self._book = book
+        self._measures = measures
+        self._rates: dict[object, Rate] = {}
+
+    def rate(self, lines: Iterable[UsageLine], counted_from: datetime) -> Rated:
+        """As `rate`; lines of one account come at once."""
+        book, finder = self._book, _Finder(self._book, self._measures, self._rates)
+        items: list[_Item] = []
+        accumulating: list[_Item] = []
+        unpriced: list[UsageLine] = []
+        for line in lines:
+            if not line.amount or line.measure in book.free:
+                continue
+            found = finder.terms(line)
+            if found is None:
+                if line.start >= counted_from:
+                    unpriced.append(line)
+                continue
+            item = _Item(line, *found)
+            items.append(item)
+            if finder.accumulates:
+                accumulating.append(item)
+        _count_time(book, [item for item in accumulating if item.price.is_rounded])
+        _count_tiers(book, [item for item in accumulating if item.price.is_tiered])
+        return Rated(
+            charges=tuple(item.charge() for item in items if item.line.start >= counted_from),
+            unpriced=tuple(unpriced),
+        )
 
 
 def money(amount: Fraction, currency: str) -> Decimal:
@@ -176,8 +233,15 @@ def money(amount: Fraction, currency: str) -> Decimal:
 
     This is the one place where money is rounded: sums are made before it.
     """
-    exponent = _EXPONENTS.get(currency, 2)
-    return Decimal(f"{round(amount * 10**exponent)}e-{exponent}")
+    return rounded(amount, _EXPONENTS.get(currency, 2))
+
+
+def rounded(amount: Fraction, places: int) -> Decimal:
+    """The amount with so many places behind the point, rounded half to even."""
+    whole, rest = divmod(amount.numerator * 10**places, amount.denominator)
+    if 2 * rest > amount.denominator or (2 * rest == amount.denominator and whole % 2):
+        whole += 1
+    return Decimal(f"{whole}e-{places}")
 
 
 def graduated(steps: Sequence[Step], quantity: Fraction) -> Fraction:
@@ -204,23 +268,20 @@ def charged_microseconds(held: int, rounding: Rounding, minimum_seconds: int) ->
 class _Item:
     """A line on its way to a charge."""
 
-    __slots__ = ("cost", "kept", "line", "measure", "price", "quantity", "unit")
+    __slots__ = ("_charged", "_cost", "line", "measure", "price", "rate")
 
-    def __init__(
-        self,
-        line: UsageLine,
-        measure: Measure,
-        price: Price,
-        kept: Fraction,
-        unit: Fraction,
-    ) -> None:
+    def __init__(self, line: UsageLine, measure: Measure, price: Price, rate: Rate) -> None:
         self.line = line
         self.measure = measure
         self.price = price
-        self.kept = kept
-        self.unit = unit
-        self.quantity = line.amount * self.unit
-        self.cost = self.quantity * price.steps[0].price
+        self.rate = rate
+        self._charged: Fraction | None = None
+        self._cost: Fraction | None = None
+
+    @property
+    def quantity(self) -> Fraction:
+        """In the price's unit."""
+        return self.line.amount * self.rate.quantity if self._charged is None else self._charged
 
     @property
     def held(self) -> tuple[int, int | None]:
@@ -232,24 +293,28 @@ class _Item:
 
     def charge_time(self, time: Fraction) -> None:
         """The quantity is that of so many microseconds."""
-        self.quantity = time * (self.held[1] or 1) * self.unit
-        self.cost = self.quantity * self.price.steps[0].price
+        self._charged = time * (self.held[1] or 1) * self.rate.quantity
+
+    def charge_cost(self, cost: Fraction) -> None:
+        """The quantity costs so much, before discounts."""
+        self._cost = cost
 
     def charge(self) -> Charge:
         """What the line costs."""
-        return Charge(
-            line=self.line,
-            price=self.price.name,
-            quantity=self.quantity,
-            list_cost=self.cost,
-            cost=self.cost if self.kept == 1 else self.cost * self.kept,
-        )
+        if self._charged is None and self._cost is None:
+            return Charge(self.line, self.rate)
+        quantity = self.quantity
+        cost = quantity * self.price.steps[0].price if self._cost is None else self._cost
+        return Charge(self.line, self.rate, (quantity, cost))
 
 
 class _Finder:
     """The terms of lines, looked up once for lines that are alike."""
 
-    def __init__(self, book: PriceBook, measures: Mapping[str, Measure]) -> None:
+    def __init__(
+        self, book: PriceBook, measures: Mapping[str, Measure], rates: dict[object, Rate]
+    ) -> None:
+        self.accumulates = bool(book.periods)
         self._edges = book.edges
         self._measures = measures
         self._prices: dict[str, list[Price]] = defaultdict(list)
@@ -262,13 +327,17 @@ class _Finder:
             names.add(STATE_CLASS)
         self._names = sorted(names)
         self._known: dict[object, _Terms | None] = {}
+        self._rates = rates
 
     def terms(self, line: UsageLine) -> "_Terms | None":
         """What holds throughout the line; None where it has no price."""
-        key = (line.measure, line.start, line.end, _values(line, self._names))
-        if key not in self._known:
-            self._known[key] = self._look_up(line)
-        return self._known[key]
+        values = _values(line, self._names) if self._names else ()
+        key = (line.measure, line.start, line.end, values)
+        try:
+            return self._known[key]
+        except KeyError:
+            found = self._known[key] = self._look_up(line)
+            return found
 
     def _look_up(self, line: UsageLine) -> "_Terms | None":
         next_edge = bisect_right(self._edges, line.start)
@@ -278,8 +347,21 @@ class _Finder:
         for price in self._prices.get(line.measure, ()) if measure is not None else ():
             if price.validity.holds(line.start, line.end) and meets(price.match, line.group):
                 assert measure is not None
-                return measure, price, self._kept(line), _unit(measure, price, line)
+                return measure, price, self._rate(measure, price, line)
         return None
+
+    def _rate(self, measure: Measure, price: Price, line: UsageLine) -> Rate:
+        kept, quantity = self._kept(line), _unit(measure, price, line)
+        key = (id(price), kept, quantity)
+        if key not in self._rates:
+            self._rates[key] = Rate(
+                price=price.name,
+                measure=measure.name,
+                quantity=quantity,
+                list_cost=quantity * price.steps[0].price,
+                kept=kept,
+            )
+        return self._rates[key]
 
     def _kept(self, line: UsageLine) -> Fraction:
         """The share of the price that discounts leave."""
@@ -294,8 +376,7 @@ class _Finder:
         return kept
 
 
-_Terms = tuple[Measure, Price, Fraction, Fraction]
-"""Measure, price, the share that discounts leave, and the quantity of one microsecond or unit."""
+_Terms = tuple[Measure, Price, Rate]
 
 
 def _unit(measure: Measure, price: Price, line: UsageLine) -> Fraction:
@@ -314,7 +395,7 @@ def _count_time(book: PriceBook, items: Iterable[_Item]) -> None:
             continue  # what moved has no time
         held, value = item.held
         period = _period(book, item.line, item.price.rounding_period.span)
-        key = (item.price.name, period, item.unit, value, *_values(item.line, names))
+        key = (item.price.name, period, item.rate.quantity, value, *_values(item.line, names))
         accounts[key].append((item, Fraction(held)))
     for account in accounts.values():
         for item, time in _telescoped(account, _charged_time):
@@ -336,7 +417,7 @@ def _count_tiers(book: PriceBook, items: Iterable[_Item]) -> None:
         )
     for account in accounts.values():
         for item, cost in _telescoped(account, _tier_cost):
-            item.cost = cost
+            item.charge_cost(cost)
 
 
 def _tier_cost(price: Price, quantity: Fraction) -> Fraction:
@@ -354,19 +435,25 @@ def _telescoped(
     for item, weight in account:
         parts[item.line.start, item.line.end, weight < 0].append((item, weight))
     position, reached = Fraction(0), None
+    known: tuple[Price, Fraction] | None = None  # the price and the total at the position
     for key in sorted(parts):
         start, end, is_correction = key
         if reached is not None and start < reached and not is_correction:
             raise ValueError("slices of usage overlap")
         reached = end
         price = parts[key][0][0].price
-        weight = sum((weight for _, weight in parts[key]), Fraction(0))
+        weight = sum((weight for _, weight in parts[key][1:]), parts[key][0][1])
         if not weight:  # a factor of zero: nothing is added
             yield from ((item, Fraction(0)) for item, _ in parts[key])
             continue
-        added = total(price, position + weight) - total(price, position)
-        yield from ((item, added * part / weight) for item, part in parts[key])
+        before = known[1] if known and known[0] is price else total(price, position)
         position += weight
+        known = price, total(price, position)
+        added = known[1] - before
+        if len(parts[key]) == 1:
+            yield parts[key][0][0], added
+        else:
+            yield from ((item, added * part / weight) for item, part in parts[key])
 
 
 def _values(line: UsageLine, names: Iterable[str]) -> tuple[str | None, ...]:

@@ -1,7 +1,7 @@
 """HTTP of imports: bodies come as lines of a request and go the way that a broker's go.
 
-Every line ends in exactly one of stored, duplicate, quarantined. A message id that stands over
-another body than before is stored and counted as a conflict besides.
+Every line ends in exactly one of stored, duplicate, quarantined. A message id that comes to stand over
+several messages is counted as a conflict besides.
 """
 
 import asyncio
@@ -169,8 +169,8 @@ class QuarantinedLine(BaseModel):
 class ImportReport(BaseModel):
     """What became of the lines of an import: `lines` = `stored` + `duplicate` + `quarantined`.
 
-    `conflict` are message ids that now stand over several bodies, `unknown_type` and `problem` kinds
-    of stored ones. Of the quarantined lines the first 100 are named.
+    `conflict` are message ids that were seen at once to stand over several messages now,
+    `unknown_type` and `problem` kinds of stored ones. Of the quarantined lines the first 100 are named.
     """
 
     lines: int

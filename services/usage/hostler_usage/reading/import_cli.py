@@ -54,9 +54,9 @@ def register(app: typer.Typer) -> None:
 class Summary:
     """What became of every line; `lines` = `stored` + `duplicate` + `quarantined` + `refused`.
 
-    `conflict` are message ids that now stand over several bodies. `other` are lines of logs that are
-    no notifications. `refused` lines are larger than the service takes: they are nowhere but in
-    their file. `broken_files` could not be read to their ends.
+    `conflict` are message ids that were seen at once to stand over several messages now. `other` are
+    lines of logs that are no notifications. `refused` lines are larger than the service takes: they
+    are nowhere but in their file. `broken_files` could not be read to their ends.
     """
 
     lines: int = 0

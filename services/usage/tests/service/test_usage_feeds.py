@@ -147,6 +147,15 @@ async def test_archives_stay_byte_for_byte_while_events_come(feeds: Feeds) -> No
     assert (await feeds.get(oldest)).body == body
 
 
+async def test_what_comes_again_and_nothing_else_is_passed_over(feeds: Feeds) -> None:
+    """Numbers are taken for it, and no event has them."""
+    await store(feeds, 1, 2)
+    await store(feeds, 1, 2)
+    await store(feeds, 3)
+    assert (await feeds.get("/feeds/all.atom")).feed().ids == urns(3, 2, 1)
+    assert await feeds.feeds.settled_seq() == 5
+
+
 async def test_an_event_that_commits_late_is_in_no_page_before_its_turn(feeds: Feeds) -> None:
     await store(feeds, 1, 2)
     async with db.connection(feeds.pool) as connection:
@@ -248,13 +257,16 @@ async def test_a_page_that_cannot_be_is_refused(feeds: Feeds, query: str) -> Non
 # --- what is not so simple about messages
 
 
+@pytest.mark.parametrize("apart", [timedelta(), SECOND, timedelta(days=31)])
 async def test_two_bodies_under_one_id_are_two_entries_and_the_first_keeps_the_id(
-    feeds: Feeds,
+    feeds: Feeds, apart: timedelta
 ) -> None:
     await feeds.ingest(instance_event(1, at=NOON, memory_mb=1))
     (before,) = (await feeds.get("/feeds/all.atom")).feed().ids
-    await feeds.ingest(instance_event(1, at=NOON, memory_mb=2))
-    await feeds.ingest(instance_event(1, at=NOON, memory_mb=2))  # the same again: a duplicate
+    await feeds.ingest(instance_event(1, at=NOON - apart, memory_mb=2))
+    await feeds.ingest(
+        instance_event(1, at=NOON - apart, memory_mb=2)
+    )  # the same again: a duplicate
     document = (await feeds.get("/feeds/all.atom")).feed()
     assert before == document.ids[1] == urn(1)
     assert document.ids[0] != urn(1)

@@ -5,7 +5,6 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
@@ -169,29 +168,6 @@ async def test_a_message_of_many_resources_is_folded_for_each_of_them(
         "SELECT resource_id, project_id, (attributes->>'size_bytes')::int FROM usage_interval"
         " ORDER BY resource_id",
     ) == [("image-1", "p1", 100), ("image-2", "p1", 200)]
-
-
-async def test_two_bodies_of_one_id_that_are_stored_at_once_are_one_conflict(
-    store: Store, pool: db.Pool
-) -> None:
-    message = life(0).messages()[-1]
-    twins = [event(message), event(replace(message, publisher_id="compute.twin"))]
-    assert all(says_something(twin) for twin in twins)
-
-    async def both_wait() -> bool:
-        found = await fetch(
-            pool,
-            "SELECT 1 FROM pg_stat_activity"
-            " WHERE wait_event_type = 'Lock' AND datname = current_database()",
-        )
-        return len(found) == 2
-
-    async with db.transaction(pool) as other:  # each is stored before the other is committed
-        await other.execute("LOCK TABLE touched IN ACCESS EXCLUSIVE MODE")
-        tasks = [asyncio.create_task(store.ingest([twin])) for twin in twins]
-        await testing.eventually(both_wait)
-    assert sorted([(await task).conflict for task in tasks]) == [0, 1]
-    assert await fetch(pool, "SELECT bodies FROM event_conflict") == [(2,)]
 
 
 async def test_a_fold_beside_ingest_forgets_no_message(
