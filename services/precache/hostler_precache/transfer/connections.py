@@ -571,9 +571,8 @@ class _Connection(asyncio.BufferedProtocol):
         """How much has to be there for us to be woken."""
         if self._window is None or self._window.bytes is None:
             return AWAKE_BYTES
-        return min(
-            AWAKE_BYTES, self._window.bytes * 2 // 3
-        )  # the rest comes while we are about to read
+        # the other third comes while we are about to read
+        return min(AWAKE_BYTES, self._window.bytes * 2 // 3)
 
     def _set_mark(self, count: int) -> None:
         """Wake us when that many bytes are there, which must still be to come; for 0, when any is."""

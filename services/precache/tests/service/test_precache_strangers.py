@@ -78,6 +78,13 @@ def a_token(key: bytes) -> str:
     return mint(grant, key)
 
 
+async def is_shown_out(reader: asyncio.StreamReader) -> None:
+    """The connection ends, and nothing was said on it."""
+    async with asyncio.timeout(20):
+        with suppress(ConnectionError):
+            assert await reader.read() == b""
+
+
 async def test_who_has_shown_a_token_stays_however_many_come_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secured: tls.Tls | None
 ) -> None:
@@ -88,9 +95,7 @@ async def test_who_has_shown_a_token_stays_however_many_come_without(
         assert await ask(liar, token=a_token(bytes(31) + b"1")) == b"http/1.1 403 forbidden"
         strangers = [await connect(stack, port, secured) for _ in range(2 * STRANGERS)]
         for reader, _ in (liar, *strangers[:STRANGERS]):
-            async with asyncio.timeout(20):
-                with suppress(ConnectionError):
-                    assert await reader.read() == b""
+            await is_shown_out(reader)
         assert await ask(strangers[-1], token=a_token(KEY)) == b"http/1.1 200 ok"
         assert await ask(member, token=a_token(KEY)) == b"http/1.1 200 ok"
 
@@ -106,9 +111,7 @@ async def test_who_does_not_even_say_who_it_is_is_a_stranger_from_the_first_byte
         silent = [await connect(stack, port, None) for _ in range(2 * STRANGERS)]
         silent[0][1].write(b"\x16\x03\x01")
         for reader, _ in silent[:STRANGERS]:
-            async with asyncio.timeout(20):
-                with suppress(ConnectionError):
-                    assert await reader.read() == b""
+            await is_shown_out(reader)
         other = await connect(stack, port, secured)
         assert await ask(other, token=a_token(KEY)) == b"http/1.1 200 ok"
         assert await ask(member, token=a_token(KEY)) == b"http/1.1 200 ok"
@@ -121,8 +124,6 @@ async def test_who_connects_and_does_not_say_who_it_is_is_not_waited_for(
     secured = tls.load(*testing.certificate_files(tmp_path, "peer"))
     async with seed(tmp_path, monkeypatch, secured) as port, AsyncExitStack() as stack:
         silent, _ = await connect(stack, port, None)
-        async with asyncio.timeout(20):
-            with suppress(ConnectionError):
-                assert await silent.read() == b""
+        await is_shown_out(silent)
         member = await connect(stack, port, secured)
         assert await ask(member, token=a_token(KEY)) == b"http/1.1 200 ok"

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -14,8 +14,8 @@ from hostler_usage.history.day_sum_store import DaySums
 from hostler_usage.history.measures import Window
 from hostler_usage.history.report_store import ReportStore, Subjects, UsageFilter
 from hostler_usage.history.rollup_store import RollupStore, days_until
-from hostler_usage.history.summed_days import Parts, parts
 from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.service_testing import FromFacts, rows_read
 
 FIRST = datetime(2026, 4, 26, tzinfo=UTC)
 DAY, HOUR, MOMENT = timedelta(days=1), timedelta(hours=1), timedelta(microseconds=1)
@@ -31,23 +31,6 @@ COUNTERS = {
     "volume": ("volume_read_bytes",),
     "unknown": ("gone_bytes",),
 }
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
-
-
-class FromFacts(ReportStore):
-    """The same questions, answered without the sums."""
-
-    async def _parts(
-        self, connection: db.Connection, edges: Sequence[datetime], *_: object
-    ) -> Parts:
-        del connection
-        return parts(edges, None)
 
 
 class InOneStatement(ReportStore):
@@ -225,20 +208,6 @@ async def test_a_project_without_a_name_is_not_those_that_are_not_known(pool: db
             assert row.amounts == {}
 
 
-async def read_facts(pool: db.Pool) -> int:
-    """How many intervals were read until now."""
-    async with db.connection(pool) as connection:
-        await connection.execute("SELECT pg_stat_force_next_flush()")
-    async with db.connection(pool) as connection:
-        await connection.execute("SELECT pg_stat_clear_snapshot()")
-        return int(
-            await connection.fetchval(
-                "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables"
-                " WHERE relname = 'usage_interval' AND schemaname = 'usage'"
-            )
-        )
-
-
 @pytest.mark.parametrize("day", [3, 57])
 async def test_a_page_reads_the_facts_of_its_projects_in_the_broken_day_alone(
     pool: db.Pool, database_url: str, day: int
@@ -267,14 +236,14 @@ async def test_a_page_reads_the_facts_of_its_projects_in_the_broken_day_alone(
         reports = ReportStore(pool=quiet, mapping=packaged())
         marker: str | None = None
         for number in range(8):  # more often than a statement is planned anew
-            before = await read_facts(quiet)
+            before = await rows_read(quiet, "usage_interval")
             page, marker = await reports.usage(
                 window, ["project", "day"], UsageFilter(), limit=30, marker=marker
             )
             assert len(page) == 30
             # eleven projects have a page's rows, and twice as many are known of in case they have none; each
             # is found by a read, and has an interval in the day
-            assert await read_facts(quiet) - before <= 2 * (12 + 22), number
+            assert await rows_read(quiet, "usage_interval") - before <= 2 * (12 + 22), number
 
 
 async def test_what_the_sums_and_the_facts_say_is_of_one_moment(

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from hostler_usage.history.paging import BadMarker, marker_after
 from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
 from hostler_usage.history.rollup_store import days_until
 from hostler_usage.reading.mapping_file import packaged
+from hostler_usage.service_testing import rows_read
 
 FIRST = date(2026, 4, 27)
 MEASURES = {
@@ -37,13 +38,6 @@ class Sum(NamedTuple):
     type: str
     measure: str
     amount: int
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
 
 
 async def filled(pool: db.Pool, sums: Iterable[Sum]) -> None:
@@ -205,20 +199,6 @@ async def test_slices_of_whole_days_are_the_usage_between_their_edges(
     assert answered > 10
 
 
-async def read_rows(pool: db.Pool) -> int:
-    """How many rows of `usage_day` were read until now."""
-    async with db.connection(pool) as connection:
-        await connection.execute("SELECT pg_stat_force_next_flush()")
-    async with db.connection(pool) as connection:
-        await connection.execute("SELECT pg_stat_clear_snapshot()")
-        return int(
-            await connection.fetchval(
-                "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables"
-                " WHERE relname = 'usage_day' AND schemaname = 'usage'"
-            )
-        )
-
-
 @pytest.mark.parametrize("groups", [["project", "day"], ["day", "project"], ["project"]])
 async def test_a_page_reads_its_own_rows_and_neither_other_projects_nor_other_years(
     pool: db.Pool, database_url: str, groups: list[str]
@@ -241,7 +221,7 @@ async def test_a_page_reads_its_own_rows_and_neither_other_projects_nor_other_ye
         reports = ReportStore(pool=quiet, mapping=packaged())
         marker: str | None = None
         for number in range(8):  # more often than a statement is planned anew
-            before = await read_rows(quiet)
+            before = await rows_read(quiet, "usage_day")
             page, marker = await reports.usage(
                 window, groups, UsageFilter(), limit=20, marker=marker
             )
@@ -249,7 +229,7 @@ async def test_a_page_reads_its_own_rows_and_neither_other_projects_nor_other_ye
             sums = 20 * (1 if "day" in groups else 10)
             # two pages' worth, two reads to find each project, and of a day that was begun all of it
             bound = 2 * sums + 2 * 25 + (2 * projects if groups[0] == "day" else 0)
-            assert await read_rows(quiet) - before <= bound, number
+            assert await rows_read(quiet, "usage_day") - before <= bound, number
 
 
 TEN_DAYS = Window(

@@ -7,14 +7,13 @@ import random
 import signal
 import sys
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
 import asyncpg
 import hypothesis
-import pytest
 from hypothesis import strategies as st
 
 from hostler_common import bus, db, testing
@@ -125,13 +124,6 @@ DELIVERIES = [
     delivery(b'{"event_type": "no.id", "timestamp": "2026-05-08 00:00:00", "payload": {}}'),
 ]
 EVENTS = [event(one) for one in DELIVERIES]
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
 
 
 def rebuilder(pool: db.Pool, mapping: Mapping | None = None, program: str = "p") -> RebuildStore:

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -83,13 +83,6 @@ EVENTS = [event(message) for number in range(4) for message in life(number)]
 EVENTS += [event(IMAGES), event(UNDATED)]
 OF_MAY = [item for item in EVENTS if MAY.start <= item.notification.timestamp < MAY.end]
 SAID_IN_MAY = sum(said.statement is not None for item in OF_MAY for said in item.normalised.said)
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import random
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,11 +12,11 @@ from hostler_usage.history.fold_store import FoldStore
 from hostler_usage.history.measures import Window
 from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
 from hostler_usage.history.rollup_store import RollupStore
-from hostler_usage.history.summed_days import Parts, parts
 from hostler_usage.reading.envelope import open_body
 from hostler_usage.reading.event import Event, Origin
 from hostler_usage.reading.mapping_file import packaged
 from hostler_usage.reading.normalise import Normaliser
+from hostler_usage.service_testing import FromFacts
 from hostler_usage.store import Store
 from hostler_usage.testing import LARGE, SMALL, InstanceLife, Message, Step
 
@@ -56,23 +56,6 @@ def event(message: Message) -> Event:
 
 
 EVENTS = [event(message) for number in range(12) for message in life(number).messages()]
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
-
-
-class FromFacts(ReportStore):
-    """The same question, answered without the sums."""
-
-    async def _parts(
-        self, connection: db.Connection, edges: Sequence[datetime], *_: object
-    ) -> Parts:
-        del connection
-        return parts(edges, None)
 
 
 async def ask(reports: ReportStore, window: Window, groups: Sequence[str]) -> list[object]:

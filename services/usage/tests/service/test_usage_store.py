@@ -4,7 +4,7 @@ import asyncio
 import random
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
@@ -87,13 +87,6 @@ COUNTED = event(
         payload={"label_id": "label-1", "project_id": "p1", "bytes": 981124, "pkts": 1184},
     )
 )
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
 
 
 @pytest.fixture

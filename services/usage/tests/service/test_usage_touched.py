@@ -3,10 +3,9 @@
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-import pytest
 from prometheus_client import CollectorRegistry
 
 from hostler_common import bus, db
@@ -71,13 +70,6 @@ def stored(message: Message) -> Event:
         headers={},
     )
     return read_delivery(delivery, source="cloud", region="r1", normaliser=NORMALISER)
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[db.Pool]:
-    await db.migrate(database_url, schema="usage", package="hostler_usage")
-    async with db.open_pool(database_url, schema="usage") as opened:
-        yield opened
 
 
 async def fetch(pool: db.Pool, statement: str) -> list[tuple[object, ...]]:
