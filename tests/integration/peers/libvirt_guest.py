@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ START_SECONDS = 60.0
 GUEST_SECONDS = 120.0
 
 NAME = "guest"
-INSTANCE_ID = "7d5a3f52-8a6e-4f0a-9a50-0f4b5c9d7e01"
 MAC = "52:54:00:12:34:56"
 HOST_MAC = "02:00:00:00:00:01"  # known to the guest beforehand, so that it asks for no address
 HOST_ADDRESS, GUEST_ADDRESS = "192.0.2.1", "192.0.2.2"  # RFC 5737
@@ -223,6 +223,8 @@ class Libvirt:
         self._socket = work / "run" / "libvirt" / "libvirt-sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._serial: socket.socket | None = None
+        # its own: two of these may run on one machine, and QEMUs are told apart by it
+        self.instance_id = str(uuid.uuid4())
 
     @property
     def uri(self) -> str:
@@ -243,7 +245,7 @@ class Libvirt:
         with (work / "disk.raw").open("wb") as disk:
             disk.truncate(DISK_BYTES)
         (work / "guest.xml").write_text(
-            DOMAIN.format(name=NAME, uuid=INSTANCE_ID, mac=MAC, work=work)
+            DOMAIN.format(name=NAME, uuid=self.instance_id, mac=MAC, work=work)
         )
         if os.geteuid() == 0:
             for path in (work, *work.rglob("*")):
@@ -347,7 +349,7 @@ def _serve(work: Path) -> None:
     libvirt.prepare()
     libvirt.start_libvirtd()
     libvirt.start()
-    _say({"uri": libvirt.uri, "instance_id": INSTANCE_ID, "disk_bytes": DISK_BYTES})
+    _say({"uri": libvirt.uri, "instance_id": libvirt.instance_id, "disk_bytes": DISK_BYTES})
     for line in sys.stdin:
         request = json.loads(line)
         said: str | None = None
