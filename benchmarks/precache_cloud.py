@@ -27,6 +27,7 @@ import network_relay
 import swarm_race
 from hostler_common import client, db, testing
 from hostler_precache import messages
+from hostler_precache.transfer import following
 from network_rig import Rig
 from swarm_race import SEED, Clock, Course, Result
 
@@ -157,14 +158,15 @@ class Cloud:
         blob_id = await testing.eventually(fetched, seconds=START_SECONDS)
         await self.api.delete(f"/v1/distributions/{made['distribution_id']}")
         address = self.course.rig.hosts[SEED].address
-        url = f"http://{address}:{API_PORT}/v1/blobs/{blob_id}/manifest"
+        url = f"http://{address}:{API_PORT}/v1/blobs/{blob_id}/growth"
+        asked = {"after": 0, "most": following.FIRST_PIECES}
         async with (
             aiohttp.ClientSession(raise_for_status=True) as session,
-            session.get(url) as answer,
+            session.get(url, params=asked) as answer,
         ):
-            manifest = await answer.read()
+            told = await answer.read()
         # what a host is told before it can ask for a piece, and then some of the first piece
-        self.first_payload_bytes = len(manifest) + 32_000
+        self.first_payload_bytes = len(told) + 32_000
 
     async def distribute(self) -> str:
         """Tell the hosts to have the image; the distribution."""

@@ -314,3 +314,56 @@ async def test_a_seeds_disk_that_fills_while_an_image_comes_is_said_and_the_next
         answer = await ended(service.api, again["distribution_id"])
         assert answer["host_states"] == {"cached": 1}
         assert placed(agent, image_id)
+
+
+@pytest.mark.parametrize("full", ["while it comes", "when it begins"])
+async def test_a_hosts_disk_that_fills_is_said_and_the_image_is_there_when_there_is_room_again(
+    run_service: RunService, amqp_url: str, tmp_path: Path, small_disk: Path, full: str
+) -> None:
+    image_id = str(uuid.uuid4())
+    async with (
+        testing.http_source() as source,
+        run_service(
+            app.serve,
+            Settings,
+            app.PACKAGE,
+            data_dir=tmp_path / "seed",
+            blob_port=servers.free_port(),
+            reserve_bytes=0,
+            log_level="ERROR",
+        ) as service,
+        testing.agent_process(
+            "host-1",
+            small_disk,
+            amqp_url=amqp_url,
+            precache_url=service.url,
+            settings={"retry_seconds": 0.5},
+        ) as agent,
+    ):
+        ballast = small_disk / "ballast"
+        body = request(image_id, source.add("image", DATA), ["host-1"])
+        if full == "while it comes":
+            source.pause_after = 6 * MIB
+            made = await service.api.post("/v1/distributions", body)
+            await half_way(service.api, made["distribution_id"])
+            ballast.write_bytes(bytes(8 * MIB))
+            source.go_on.set()
+        else:
+            ballast.write_bytes(bytes(8 * MIB))
+            made = await service.api.post("/v1/distributions", body)
+        path = f"/v1/distributions/{made['distribution_id']}"
+
+        async def is_said() -> bool:
+            (host,) = (await service.api.get(path))["progress"]
+            word = (host["reason"] or "").split(":")[0]
+            return (host["state"], word) == ("error", "storage.no_space")
+
+        await eventually(is_said)
+        assert not (agent.directory / image_id).exists()
+        ballast.unlink()
+
+        async def is_there() -> bool:
+            return bool((await service.api.get(path))["host_states"] == {"cached": 1})
+
+        await eventually(is_there, seconds=60)
+        assert placed(agent, image_id)

@@ -588,7 +588,7 @@ async def is_ready(url: str) -> bool:
     return True
 
 
-async def test_a_broker_restarted_while_publishing_loses_nothing(
+async def test_a_broker_stopped_and_killed_while_publishing_loses_nothing(
     own_rabbitmq: servers.RabbitMQ, database_url: str, run_service: RunService
 ) -> None:
     """Neither of a cloud whose exchanges outlive the broker nor of one whose exchanges do not."""
@@ -608,12 +608,18 @@ async def test_a_broker_restarted_while_publishing_loses_nothing(
         fold_seconds=0.05,
         log_level="ERROR",
     ) as service:
-        async with sender(url, 0.004, BODIES[::2]), sender(other, 0.004, BODIES[1::2]):
-            await testing.eventually(lambda: enough(database_url, 50))
-            await asyncio.to_thread(own_rabbitmq.stop)
-            await testing.eventually(lambda: is_not_ready(service.url))
-            await asyncio.to_thread(own_rabbitmq.start)
-            await testing.wait_ready(service.url, seconds=60)
+        async with (
+            sender(url, 0.02, BODIES[::2]) as one,
+            sender(other, 0.02, BODIES[1::2]) as another,
+        ):
+            for end in (own_rabbitmq.stop, own_rabbitmq.kill):
+                more = await stored(database_url) + 50
+                await testing.eventually(partial(enough, database_url, more))
+                assert not (one.done() and another.done())
+                await asyncio.to_thread(end)
+                await testing.eventually(lambda: is_not_ready(service.url))
+                await asyncio.to_thread(own_rabbitmq.start)
+                await testing.wait_ready(service.url, seconds=60)
         await testing.eventually(lambda: is_settled(database_url, len(BODIES)), seconds=60)
         assert await usage(service.api) == TRUTH
     assert await counted(database_url, "stored") == len(BODIES)

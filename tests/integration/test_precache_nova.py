@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 
 from hostler_common import servers
-from hostler_precache import messages, testing
-from hostler_precache.placing import nova_lock, placers
+from hostler_common.testing import RunService, eventually
+from hostler_precache import app, messages, testing
+from hostler_precache.placing import nova_lock, placement, placers
 from hostler_precache.placing.placement import Outcome, Wanted
 from hostler_precache.placing.shelf import Shelf
-from hostler_precache.settings import AgentSettings
+from hostler_precache.settings import AgentSettings, Settings
 from hostler_precache.transfer.manifest import BlobId, ImageId
 from hostler_precache.transfer.pieces import PieceStore
 
@@ -391,3 +392,61 @@ async def test_nova_fetching_and_us_placing_the_same_base_leave_one_whole_file(
             await race(command, "nobody")
         assert await race("cache_image", "ours") is Outcome.PLACED
         await race("cache_image", "nova")
+
+
+# --- the whole way
+
+
+async def test_nova_stands_on_what_an_agent_fetched_and_hears_where_it_could_not(
+    nova: Nova, run_service: RunService, amqp_url: str, tmp_path: Path
+) -> None:
+    in_ceph = tmp_path / "ceph.conf"
+    in_ceph.write_text(
+        f"[DEFAULT]\ninstances_path = {tmp_path}/ceph\n[libvirt]\nimages_type = rbd\n"
+    )
+    wanted = image()
+    async with (
+        testing.http_source() as source,
+        run_service(
+            app.serve,
+            Settings,
+            app.PACKAGE,
+            data_dir=tmp_path / "seed",
+            blob_port=servers.free_port(),
+            reserve_bytes=0,
+            log_level="WARNING",
+        ) as service,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for host, conf, base in (
+            ("compute-1", nova.conf, nova.instances / "_base"),
+            ("compute-2", in_ceph, tmp_path / "ceph" / "_base"),
+        ):
+            agent = testing.agent_process(
+                host, base, amqp_url=amqp_url, precache_url=service.url,
+                settings={
+                    "placer": "nova", "nova_config_files": conf, "target_template": "{sha1}",
+                },
+            )  # fmt: skip
+            await stack.enter_async_context(agent)
+        body = {
+            "image_id": wanted.image_id,
+            "image": {"image_id": wanted.image_id, "location": source.add("image", DATA)},
+            "hosts": ["compute-1", "compute-2"],
+        }
+        made = await service.api.post("/v1/distributions", body)
+
+        async def over() -> dict[str, Any] | None:
+            path = f"/v1/distributions/{made['distribution_id']}"
+            answer: dict[str, Any] = await service.api.get(path)
+            return answer if answer["state"] == "done" else None
+
+        one, two = (await eventually(over))["progress"]
+    assert (one["state"], one["reason"]) == ("cached", None)
+    assert two["state"] == "unsupported"
+    assert two["reason"].startswith("nova.images_type: rbd: ")
+    spawned = await asyncio.to_thread(nova.do, "spawn", **spawning(wanted))
+    target = nova.instances / "_base" / placement.target(Path(), "{sha1}", wanted.image_id)
+    assert spawned["backing"] == str(target)
+    assert target.read_bytes() == DATA
+    assert not list((tmp_path / "ceph").glob("**/*.part"))

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ import pytest
 import pytest_asyncio
 
 from hostler_common import servers
-from hostler_common.testing import eventually, wait_ready
+from hostler_common.testing import RunService, eventually, wait_ready
+from hostler_usage import app
 from hostler_usage.reading.sample import DomainSample, SampleReport
+from hostler_usage.settings import Settings
 
 PEER = Path(__file__).parent / "peers" / "libvirt_guest.py"
 MIB = 1 << 20
@@ -212,9 +214,16 @@ async def test_samples_say_to_the_byte_what_a_guest_has_read_written_and_sent(
 
 
 async def test_a_domain_started_again_is_another_run_even_where_libvirt_repeats_its_number(
-    libvirt: Libvirt, amqp_url: str, tmp_path: Path
+    libvirt: Libvirt, amqp_url: str, tmp_path: Path, run_service: RunService
 ) -> None:
-    async with agent(libvirt.uri, amqp_url, tmp_path) as samples:
+    """And what it wrote in each run is in the ledger, to the byte."""
+    async with (
+        run_service(
+            app.serve, Settings, app.PACKAGE, fold_seconds=0.05, log_level="WARNING"
+        ) as usage,
+        agent(libvirt.uri, amqp_url, tmp_path) as samples,
+    ):
+        await _launched(amqp_url, libvirt.instance_id)
         await libvirt.guest("dd if=/dev/zero of=/dev/vda bs=1M count=4 conv=fsync")
         first = await samples.now()
         assert first.disks[0].write_bytes == 4 * MIB
@@ -238,6 +247,42 @@ async def test_a_domain_started_again_is_another_run_even_where_libvirt_repeats_
         assert again.run.domain_id == first.run.domain_id
         assert again.disks[0].write_bytes == 8 * MIB
         assert not again.run.continues(first.run)
+
+        async def written() -> Any:
+            today = datetime.now(UTC)
+            rows = await usage.api.get(
+                "/v1/usage",
+                start=(today - timedelta(days=1)).isoformat(),
+                end=(today + timedelta(days=1)).isoformat(),
+                group_by="project",
+                resource_id=libvirt.instance_id,
+            )
+            found = {row["group"]["project"]: row["amounts"] for row in rows["usage"]}
+            return found.get("p1", {}).get("disk_write_bytes") == 12 * MIB
+
+        await eventually(written)
+
+
+async def _launched(amqp_url: str, instance_id: str) -> None:
+    """Nova has told of the instance."""
+    launched_at = datetime.now(UTC) - timedelta(hours=1)
+    message = {
+        "message_id": "launched",
+        "event_type": "compute.instance.create.end",
+        "timestamp": str(launched_at),
+        "payload": {
+            "instance_id": instance_id,
+            "tenant_id": "p1",
+            "launched_at": str(launched_at),
+            "state": "active",
+        },
+    }
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        exchange = await channel.get_exchange("nova")
+        await exchange.publish(
+            aio_pika.Message(json.dumps(message).encode()), "notifications.info"
+        )
 
 
 async def test_a_qemu_that_does_not_answer_costs_one_reading_and_then_its_own_disks_only(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from hostler_common import cli, client
 from hostler_precache.app import PACKAGE, http_app, serve
@@ -332,11 +332,12 @@ async def _watch(api: client.Api, distribution_id: str, *, as_json: bool) -> Non
     """Show the distribution until it is over, and fail unless every host has the image."""
     path = f"/v1/distributions/{distribution_id}"
     bars = Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=24)),
+        BarColumn(bar_width=20),
+        DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        # how far from the bound is a sentence: it takes more lines, and no other column's room
+        TextColumn("{task.fields[state]}", table_column=Column(ratio=1)),
         disable=as_json,
     )
     fetching = bars.add_task("fetch", total=None, state="", visible=False)

@@ -35,6 +35,7 @@ from hostler_precache.transfer.download import Download, Received
 from hostler_precache.transfer.following import Following, GivenUp
 from hostler_precache.transfer.manifest import BlobId, Manifest, PieceList
 from hostler_precache.transfer.peers import HttpPeerClient
+from hostler_precache.transfer.slots import Slots
 
 log = logs.get(__name__)
 
@@ -91,6 +92,12 @@ class _Work:
             )
             self.download.limit(image.limit_bytes_per_second)
 
+    def _why_nothing_comes(self) -> str | None:
+        if self.state is not HostState.TRANSFERRING or self.download is None:
+            return None
+        failure = self.download.nobody_answers
+        return None if failure is None else f"peers.unreachable: {failure}"[:REASON_CHARACTERS]
+
     def report(self) -> protocol.BlobReport:
         """What precache is told."""
         download, blob, received = self.download, self.blob, self.received
@@ -102,7 +109,7 @@ class _Work:
             distribution_id=self.wanted.distribution_id,
             blob_id=self.blob_id,
             state=self.state,
-            reason=self.reason,
+            reason=self.reason or self._why_nothing_comes(),
             pieces_done=pieces_done,
             bytes_done=bytes_done,
             bytes_from_seed=received.from_seed,
@@ -159,9 +166,9 @@ class CacheAgent:
         self._rng = random.Random()  # noqa: S311  breaks ties, guards nothing
         self._works: dict[BlobId, _Work] = {}
         self._deleted: frozenset[manifest.ImageId] = frozenset()
-        self._slots = asyncio.Semaphore(settings.downloads)
+        self._slots = Slots(settings.downloads)
         # what comes as slowly as its source sends must not be in the way of what is all there
-        self._growing_slots = asyncio.Semaphore(settings.downloads)
+        self._growing_slots = Slots(settings.downloads)
         self._look_again = asyncio.Event()
         self._tell_now = asyncio.Event()
 
@@ -221,7 +228,7 @@ class CacheAgent:
                     if ending:  # then nobody holds their files any more
                         await asyncio.wait(ending, timeout=ENDING_SECONDS)
                     await self._discard_partials()
-                    pause = self._pause_seconds()
+                    pause = self._settings.desired_seconds
                 except (errors.HostlerError, ValueError) as exc:
                     log.warning("desired_unknown", reason=str(exc))
                     pause = min(5.0, self._settings.desired_seconds)
@@ -230,11 +237,6 @@ class CacheAgent:
                         await self._look_again.wait()
 
     # --- what is wanted
-
-    def _pause_seconds(self) -> float:
-        has_failed = any(work.state is HostState.ERROR for work in self._works.values())
-        seconds = self._settings.desired_seconds
-        return min(seconds, self._settings.retry_seconds) if has_failed else seconds
 
     async def _discard_partials(self) -> None:
         """What is left of images that are not wanted, or that are in place already, is gone."""
@@ -317,7 +319,8 @@ class CacheAgent:
         try:
             async with AsyncExitStack() as stack:
                 is_growing = work.wanted.root is None
-                async with self._growing_slots if is_growing else self._slots:
+                slots = self._growing_slots if is_growing else self._slots
+                async with slots.taken(lambda: work.wanted.priority):
                     blob = await self._bring(work, transport, stack)
                 log.info("image_ready", image_id=work.wanted.image_id, state=work.state.value)
                 self._tell_now.set()
@@ -343,8 +346,14 @@ class CacheAgent:
             "image_refused", image_id=work.wanted.image_id, state=state.value, reason=reason
         )
         work.state, work.reason = state, reason[:REASON_CHARACTERS]
-        work.ended_at = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        work.ended_at = loop.time()
         self._tell_now.set()
+        if (
+            state is HostState.ERROR
+        ):  # others have failed at the same moment: not all of them come back at once
+            seconds = self._settings.retry_seconds * self._rng.uniform(1.0, 1.1)
+            loop.call_later(seconds, self.look_again)
 
     # --- one image
 
@@ -467,6 +476,9 @@ class CacheAgent:
                 work.download.grew()
 
         async def close() -> Manifest:
+            if work.wanted.root is not None and work.download is not None:
+                # the rest of the list, and taking the room, would be in the way of everybody's first pieces
+                await work.download.until_begun()
             closed = await following.until_closed(grew)
             await threads.to_end(
                 store.allocate

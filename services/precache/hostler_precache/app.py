@@ -15,6 +15,7 @@ from hostler_common import http, quarantine, service
 from hostler_common.health import Health
 from hostler_common.settings import SettingsError
 from hostler_precache import api, messages, pages
+from hostler_precache.clock_store import AHEAD_SECONDS, ClockStore
 from hostler_precache.distribution import distributions_api, endings, history_jobs, policies_api
 from hostler_precache.distribution.distribution_store import DistributionStore
 from hostler_precache.distribution.efficiency import Efficiency
@@ -22,7 +23,7 @@ from hostler_precache.distribution.history_store import HistoryStore
 from hostler_precache.distribution.looks import Looks
 from hostler_precache.distribution.policy_store import PolicyStore
 from hostler_precache.distribution.rollout_jobs import Rollouts
-from hostler_precache.jobs import FORGET_SECONDS, Pipeline
+from hostler_precache.jobs import FORGET_SECONDS, LONGEST_RETRY_SECONDS, Pipeline
 from hostler_precache.metrics import Metrics
 from hostler_precache.settings import Settings
 from hostler_precache.sources import cloud, glance_events, plugins
@@ -168,6 +169,10 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         )
         process.every(history_jobs.EVERY_SECONDS, history.forget, name="history")
         process.every(FORGET_SECONDS, pipeline.forget_old_keys, name="forget_old_keys")
+        clock = ClockStore(
+            pool, longest_lease_seconds=max(LONGEST_RETRY_SECONDS, settings.lease_seconds)
+        )
+        process.every(AHEAD_SECONDS, clock.put_right, name="clock")
         state = {
             "store": store,
             "distributions": distributions,

@@ -5,9 +5,10 @@ notifications carry the whole context of whoever acted.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any
 
 import asyncpg
@@ -22,8 +23,8 @@ from hostler_usage.history.report_store import (
     Group,
     ReportStore,
     UsageFilter,
-    UsageRow,
 )
+from hostler_usage.history.usage_row import UsageRow
 from hostler_usage.listing import Cited, Limit, Marker, Name, PathName, Selected, names
 from hostler_usage.reading.event import event_id
 from hostler_usage.reading.mapping import Mapping
@@ -204,7 +205,8 @@ async def show_usage(
     groups = names(group_by)
     # asked first: a fold between the two may be counted twice as a doubt, and never passes unsaid
     unfolded = await reports.unfolded()
-    rows, next_marker = await reports.usage(
+    items, next_marker = await reports.shown_usage(
+        partial(usage_items, reports.mapping),
         asked,
         groups,
         UsageFilter(scope=caller.projects, resource_id=resource_id, **asdict(selected)),
@@ -221,7 +223,7 @@ async def show_usage(
         next_marker=next_marker,
         unfolded_resources=unfolded,
     )
-    return Response(usage_document(head, rows, reports.mapping), media_type="application/json")
+    return Response(usage_document(head, items), media_type="application/json")
 
 
 @router.get(
@@ -263,14 +265,24 @@ def _event(row: asyncpg.Record) -> EventItem:
     )
 
 
-def usage_document(head: Usage, rows: Sequence[UsageRow], mapping: Mapping) -> bytes:
-    """The answer as JSON. There may be many rows: a model of each would take longer than all else."""
+def usage_document(head: Usage, items: Iterable[bytes]) -> bytes:
+    """The answer as JSON: the head, with the list that these parts of it by `usage_items` make."""
+    listed = [orjson.Fragment(part) for part in items]  # copied once, as they are
+    return orjson.dumps(head.model_dump(mode="json") | {"usage": listed})
+
+
+def usage_items(mapping: Mapping, rows: Iterable[UsageRow]) -> bytes:
+    """Part of the list of an answer: the `UsageItem` of each row as JSON, commas in between.
+
+    There may be many rows: a model of each would take longer than all else.
+    """
     held = frozenset(item.name for item in mapping.measures if item.is_held)
-    document = head.model_dump(mode="json") | {"usage": [_usage(row, held) for row in rows]}
+    items = [_usage(row, held) for row in rows]
     try:
-        return orjson.dumps(document)
+        listed = orjson.dumps(items)
     except TypeError:  # a number of more than 64 bits, which orjson does not write
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        listed = json.dumps(items, ensure_ascii=False, separators=(",", ":")).encode()
+    return listed[1:-1]
 
 
 def _usage(row: UsageRow, held: frozenset[str]) -> dict[str, object]:

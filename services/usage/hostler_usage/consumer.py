@@ -7,7 +7,8 @@ included: what is in quarantine is not billed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Final
 
 from hostler_common import bus
 from hostler_usage.history.pace import Pace
@@ -18,6 +19,9 @@ from hostler_usage.reading.intake import read_delivery
 from hostler_usage.reading.normalise import Normaliser
 from hostler_usage.settings import Source
 from hostler_usage.store import Store
+
+LATE: Final = timedelta(hours=1)
+"""From what age on a notification is counted as late: the hour it speaks of is over, and may have been asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,13 @@ class NotificationConsumer:
         """
         tally = await self.store.ingest(events)
         self.pace.batch_read(len(events), self.batch_size)
-        newest = max(event.notification.timestamp for event in events)
-        age = datetime.now(UTC) - newest
-        self.metrics.ingested(self.source.name, tally, age.total_seconds())
+        sent = [event.notification.timestamp for event in events]
+        now = datetime.now(UTC)
+        due = now - LATE
+        self.metrics.ingested(
+            self.source.name,
+            tally,
+            late=sum(at <= due for at in sent),
+            age_seconds=(now - max(sent)).total_seconds(),
+        )
         return tally

@@ -35,6 +35,12 @@ class Metrics:
             ["source"],
             registry=registry,
         )
+        self.late = Counter(
+            "hostler_usage_late_notifications",
+            "Notifications read an hour or more after they were sent: delivered late, or imported.",
+            ["source"],
+            registry=registry,
+        )
         self.age_seconds = Histogram(
             "hostler_usage_notification_age_seconds",
             "Age of the newest notification of a batch when it was stored.",
@@ -96,12 +102,13 @@ class Metrics:
         for source, ids in found.items():
             self.conflicts.labels(source).inc(ids)
 
-    def ingested(self, source: str, tally: Tally, age_seconds: float) -> None:
-        """A batch was stored."""
+    def ingested(self, source: str, tally: Tally, *, late: int, age_seconds: float) -> None:
+        """A batch was stored, of which so many were late, and of which the newest had that age."""
         self.notifications.labels(source, "stored").inc(tally.stored)
         self.notifications.labels(source, "duplicate").inc(tally.duplicate)
         self.conflicts.labels(source).inc(tally.conflict)
         self.unknown_types.labels(source).inc(tally.unknown_type)
         self.problems.labels(source).inc(tally.problem)
+        self.late.labels(source).inc(late)
         self.age_seconds.labels(source).observe(max(0.0, age_seconds))
         self.batch_size.observe(tally.stored + tally.duplicate)

@@ -31,7 +31,8 @@ from hostler_usage.auditing.audit_report_store import AuditFilter, AuditGroup, A
 from hostler_usage.charts import Chart, Moment, Span, Timeline, days_between, stack, timeline
 from hostler_usage.explaining.explain_store import MeasureUnknown
 from hostler_usage.history.measures import Window, hours
-from hostler_usage.history.report_store import EventFilter, ReportStore, UsageFilter, UsageRow
+from hostler_usage.history.report_store import EventFilter, ReportStore, UsageFilter
+from hostler_usage.history.usage_row import UsageRow
 from hostler_usage.page_frame import (
     Marker,
     Month,

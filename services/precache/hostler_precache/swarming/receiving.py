@@ -244,23 +244,23 @@ class Receiver:
                 continue
             asked, mean = len(source.asked), source.mean_seconds
             # one request until it has shown that it is not slow
-            if asked:
-                if mean is None or (mean > slow and not source.is_seed):
-                    continue
-                if asked >= most and (asked > most or not self._has_plenty(source, missing)):
-                    continue
+            if asked and (mean is None or asked > most):
+                continue
             if source.is_seed:
+                if asked >= most:
+                    continue
                 if not source.is_injected and missing:
                     return source, None
                 seed = seed or source
                 continue
-            if not missing:
+            wanted = maps.get(source.name, 0) & missing
+            if not wanted or (mean is not None and asked and mean > slow):
                 continue
-            name, is_outside = source.name, not source.in_rack
-            if is_outside:
-                if not picker.importable(name, self._importable):
-                    continue
-            elif not maps.get(name, 0) & missing:
+            # so much of it is for us that we are behind: few others have that, and one more may be asked of it
+            if asked == most and (most >= MAX_REQUESTS_PER_SOURCE or wanted.bit_count() < PLENTY):
+                continue
+            is_outside = not source.in_rack
+            if is_outside and not picker.importable(source.name, self._importable):
                 continue
             # first what the whole rack waits for; then whoever is likely to be done soonest
             seconds = (asked + 1) * (usual if mean is None else mean)
@@ -289,12 +289,6 @@ class Receiver:
                 picker.started(piece)
                 return seed, piece
         return self._choose_again(now) if picker.is_endgame else None
-
-    def _has_plenty(self, source: Source, missing: int) -> bool:
-        """Whether it has so much for us that we are behind: few others have, and one more may be asked of it."""
-        if source.is_seed or self._most >= MAX_REQUESTS_PER_SOURCE:
-            return False
-        return (self.picker.known(source.name) & missing).bit_count() >= PLENTY
 
     def _choose_orphan(self, now: float) -> int | None:
         # a piece of the seed's choice that is still on its way would look like an orphan

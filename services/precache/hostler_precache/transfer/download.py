@@ -33,6 +33,11 @@ from hostler_precache.transfer.pieces import (
 log = logs.get(__name__)
 
 FLUSH_SECONDS: Final = 1.0
+FAILURES_TO_TELL: Final = 2  # one may be nothing but a restart
+# until so many have come, or so long, everybody's first piece goes before whatever else there is to do; they are few
+# of `following.FIRST_PIECES`, and so a fast link does not run dry
+BEGUN_PIECES: Final = 16
+BEGUN_SECONDS: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -105,7 +110,10 @@ class Download:
         self._pace: swarm.Pace | None = None
         self._most_requests = requests
         self._wake = asyncio.Event()
+        self._arrivals = 0
+        self._begun = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
+        self._last_failure = ""
         self.received = received or Received()
 
     @property
@@ -123,9 +131,22 @@ class Download:
         return whole
 
     @property
+    def _has_to_come(self) -> bool:
+        """Whether some piece lacks of those that the manifest tells of."""
+        return bool(self._picker.missing or self._picker.in_flight)
+
+    @property
     def banned(self) -> list[str]:
         """The peers that sent bad pieces too often."""
         return sorted(one.name for one in self._receiver.sources if one.is_banned)
+
+    @property
+    def nobody_answers(self) -> str | None:
+        """What went wrong last, where each seed and neighbour has failed twice since it last did as asked."""
+        sources = [one for one in self._receiver.sources if not one.is_banned]
+        if not sources or any(one.failures < FAILURES_TO_TELL for one in sources):
+            return None
+        return self._last_failure
 
     def set_swarm(
         self,
@@ -179,6 +200,13 @@ class Download:
             return False
         link.heard_of.set()
         return True
+
+    async def until_begun(self) -> None:
+        """Return when a few pieces have come, or all that are known of are here, or neither in a while."""
+        if self._has_to_come:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEGUN_SECONDS):
+                    await self._begun.wait()
 
     async def run(self) -> None:
         """Return when every piece is verified and journaled.
@@ -292,6 +320,9 @@ class Download:
             self._count("wasted", length)
             return
         self._blob.add(piece)
+        self._arrivals += 1
+        if self._arrivals >= BEGUN_PIECES or not self._has_to_come:
+            self._begun.set()
         self._count("seed" if source.is_seed else "rack" if source.in_rack else "outside", length)
         for loser in losers:
             self._tasks[loser].cancel()
@@ -299,6 +330,7 @@ class Download:
     def _failed(self, source: Source, reason: str) -> None:
         if not source.failures:
             log.info("peer_failed", blob_id=self._blob.blob_id, peer=source.name, reason=reason)
+        self._last_failure = f"{source.name}: {reason}"
         self._receiver.failed(source, self._clock())
 
     def _rejected(self, request: Request, length: int) -> None:

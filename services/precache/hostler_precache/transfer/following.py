@@ -1,7 +1,7 @@
 """The rest of a manifest that still grows, asked of precache until its root closes it.
 
-Of an image that is all there, the first pieces come first, and the others a moment later: they would
-keep a slow link busy, with all hosts asking at once, before anybody could ask for a piece.
+Of an image that is all there, the first pieces come first, and the others when the transfer has begun:
+they would keep a slow link busy, with all hosts asking at once, before anybody could ask for a piece.
 
 Precache may be away meanwhile: what is known stays good, and it is asked again. When it says that
 there is no such blob any more, its source failed, or sends other bytes by now.
@@ -25,7 +25,6 @@ log = logs.get(__name__)
 MIN_PAUSE_SECONDS: Final = 0.1
 AWAY_SECONDS: Final = 2.0
 FIRST_PIECES: Final = 128
-REST_PAUSE_SECONDS: Final = 0.2
 BLOB_NOT_FOUND: Final = "precache.blob.not_found"
 
 
@@ -65,13 +64,15 @@ class Following:
         Raises:
             GivenUp: see there.
         """
+        is_more_there = self._image.root is not None
         while self._closed is None:
-            pause = max(MIN_PAUSE_SECONDS, self._pause_seconds)
-            if self._image.root is not None:
-                pause = REST_PAUSE_SECONDS
-            await asyncio.sleep(pause * self._rng.uniform(0.5, 1.5))
-            if await self._ask():
+            if not is_more_there:
+                pause = max(MIN_PAUSE_SECONDS, self._pause_seconds)
+                await asyncio.sleep(pause * self._rng.uniform(0.5, 1.5))
+            has_grown = await self._ask()
+            if has_grown:
                 on_growth()
+            is_more_there = has_grown and self._image.root is not None
         return self._closed
 
     async def _ask(self) -> bool:

@@ -85,6 +85,51 @@ async def test_the_command_line_distributes_watches_and_lists(
         assert "precache.image.not_found" in err
 
 
+async def test_the_command_line_plans_stops_and_goes_on_and_runs_policies(
+    precache: Any, start_agent: Any, source: Any, make_image: Any
+) -> None:
+    data = make_image(2 << 20)
+    async with precache() as service:
+        at = ("--url", service.url)
+        await start_agent("host-1", service.url, link_bytes_per_second=1 << 20, labels="zone=a")
+        location = source.add("image", data)
+        image = {"image_id": "golden", "location": location, "size_bytes": len(data)}
+        await service.api.post("/v1/images", image)
+        wanted = ("golden", "--host", "host-1", "--host", "ghost", "--deadline", "0.0001h")
+        code, out, err = await run("plan", "--dry-run", *wanted, *at)
+        assert (code, err) == (0, "")
+        assert out.splitlines() == [
+            "golden, 2.0 MiB, to 2 hosts",
+            "  at best 2.0 s; the limit is the slowest host's downlink (host-1)",
+            "  the deadline is NOT possible",
+            "  no agent has spoken for: ghost",
+        ]
+        assert (await service.api.get("/v1/distributions"))["distributions"] == []
+
+        code, out, _ = await run("distribute", "golden", "--label", "zone=a", "--watch", *at)
+        assert code == 0
+        (bar,) = [line for line in out.splitlines() if line.startswith("host-1 ")]
+        assert "\u2501" * 20 in bar
+        assert "2.0/2.0 MiB" in bar
+        assert bar.rstrip().endswith("cached")
+
+        body = {"image_id": "golden", "hosts": ["ghost"]}
+        distribution_id = (await service.api.post("/v1/distributions", body))["distribution_id"]
+        for command, said in (
+            ("pause", f"{distribution_id} paused\n"),
+            ("resume", f"{distribution_id} distributing\n"),
+            ("cancel", ""),
+        ):
+            assert await run(command, distribution_id, *at) == (0, said, "")
+        again = await service.api.get(f"/v1/distributions/{distribution_id}")
+        assert again["state"] == "cancelled"
+
+        policy = {"name": "gold", "options": {"images": []}, "every_seconds": 3600}
+        made = await service.api.post("/v1/policies", policy)
+        code, out, _ = await run("policies", "--run", made["policy_id"], "--json", *at)
+        assert (code, json.loads(out)["policies"][0]["name"]) == (0, "gold")
+
+
 async def test_lists_are_read_to_their_end(precache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "PAGE", 2)
     names = [f"h{number}" for number in range(5)]

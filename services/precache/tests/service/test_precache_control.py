@@ -82,6 +82,21 @@ async def test_a_distribution_made_while_its_image_is_fetched_is_not_forgotten(
     assert set(await finishing) == {first, second}
 
 
+async def test_of_the_images_that_wait_the_most_urgent_is_fetched_first(control: Any) -> None:
+    await control.add_image("urgent")
+    await control.add_image("as urgent")
+    await control.distribute()
+    await control.distribute(image_id="urgent", priority=5)
+    await control.distribute(image_id="as urgent", priority=5)
+    claimed = [
+        await control.store.claim_fetch(
+            seed="seed", seed_url="http://seed", swarm_key=b"k", lease_seconds=30
+        )
+        for _ in range(3)
+    ]
+    assert [task.image.image_id for task in claimed] == ["urgent", "as urgent", IMAGE]
+
+
 async def test_a_policy_that_changes_its_hosts_and_a_host_that_ends_do_not_block_each_other(
     control: Any,
 ) -> None:

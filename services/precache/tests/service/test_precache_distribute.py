@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -37,6 +37,28 @@ async def counted(api: Any, distribution_id: str, total: int) -> dict[str, Any]:
 
     found: dict[str, Any] = await testing.eventually(told)
     return found
+
+
+@contextlib.asynccontextmanager
+async def open_door(door: int, *, to: tuple[str, int]) -> AsyncIterator[None]:
+    """Who comes to this port of the machine is let through to another one."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def let_in(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner = await asyncio.open_connection(*to)
+        await asyncio.gather(carry(reader, inner[1]), carry(inner[0], writer))
+
+    server = await asyncio.start_server(let_in, "127.0.0.1", door)
+    try:
+        yield
+    finally:
+        server.close()
 
 
 async def test_an_image_reaches_three_hosts_and_little_more_than_one_copy_leaves_the_seed(
@@ -337,17 +359,6 @@ async def test_what_was_called_for_before_an_agent_could_hear_it_is_not_missed(
     broker, door = urlsplit(amqp_url), servers.free_port()
     away = broker._replace(netloc=broker.netloc.replace(f":{broker.port}", f":{door}")).geturl()
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def open_door(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner = await asyncio.open_connection(broker.hostname, broker.port)
-        await asyncio.gather(carry(reader, inner[1]), carry(inner[0], writer))
-
     async with precache() as service:
         starting = asyncio.create_task(
             start_agent("host-1", service.url, amqp_url=away, desired_seconds=3600)
@@ -367,12 +378,39 @@ async def test_what_was_called_for_before_an_agent_could_hear_it_is_not_missed(
             return shown["announced_at"] is not None
 
         await testing.eventually(is_called_for)
-        server = await asyncio.start_server(open_door, "127.0.0.1", door)
-        place = await starting
-        answer = await over(service.api, made["distribution_id"])
-        assert answer["host_states"] == {"cached": 1}
+        assert broker.hostname is not None
+        assert broker.port is not None
+        async with open_door(door, to=(broker.hostname, broker.port)):
+            place = await starting
+            answer = await over(service.api, made["distribution_id"])
+            assert answer["host_states"] == {"cached": 1}
+            assert (place / image_id).read_bytes() == data
+
+
+async def test_a_host_that_reaches_nobody_says_so_and_has_the_image_when_it_reaches_somebody(
+    precache: Any, start_agent: Any, source: Any, data: bytes, request_of: Any, over: Over,
+    image_id: str,
+) -> None:  # fmt: skip
+    seed, door = servers.free_port(), servers.free_port()
+    async with precache(blob_port=seed, seed_url=f"http://127.0.0.1:{door}") as service:
+        place = await start_agent("host-1", service.url)
+        body = request_of(image_id, source.add("image", data), data, hosts=["host-1"])
+        made = await service.api.post("/v1/distributions", body)
+
+        async def told() -> Any:
+            shown = await service.api.get(f"/v1/distributions/{made['distribution_id']}")
+            (host,) = shown["progress"]
+            return host if host["reason"] else None
+
+        host = await testing.eventually(told)
+        assert host["state"] == "transferring"
+        assert host["reason"].startswith(f"peers.unreachable: seed http://127.0.0.1:{door}: ")
+        async with open_door(door, to=("127.0.0.1", seed)):
+            answer = await over(service.api, made["distribution_id"])
+        assert [(host["state"], host["reason"]) for host in answer["progress"]] == [
+            ("cached", None)
+        ]
         assert (place / image_id).read_bytes() == data
-        server.close()
 
 
 async def test_a_restarted_agent_says_again_what_it_has(

@@ -91,6 +91,45 @@ async def test_a_paused_image_keeps_what_is_here_fetches_nothing_and_then_goes_o
         assert (done["received_from_seed_bytes"], done["wasted_bytes"]) == (len(DATA), 0)
 
 
+async def test_a_disk_that_returns_other_bytes_is_noticed_before_placing_where_all_is_read_again(
+    precache: Any, start_agent: Any, source: Any, request_of: Any, image_id: str
+) -> None:
+    port, passes = servers.free_port(), 8
+    async with (
+        precache_testing.gate(port, passes=passes) as (seed_url, gate),
+        precache(blob_port=port, seed_url=seed_url) as service,
+    ):
+        api = service.api
+        place = await start_agent(
+            "host-1", service.url, verify_whole=True, retry_seconds=5, desired_seconds=0.3
+        )
+        body = request_of(image_id, source.add("image", DATA), DATA, hosts=["host-1"])
+        distribution_id = (await api.post("/v1/distributions", body))["distribution_id"]
+
+        async def is_held() -> bool:
+            return journaled(place) == passes
+
+        await testing.eventually(is_held)
+        (part,) = (place / ".precache").glob("*.part")
+        fd = os.open(part, os.O_WRONLY)
+        os.pwrite(fd, b"damage", 3 * PIECE + 17)
+        os.close(fd)
+        gate.is_open.set()
+
+        async def is_said() -> bool:
+            host = await host_of(api, distribution_id)
+            return (host["reason"] or "").startswith("storage.damaged: ")
+
+        await testing.eventually(is_said)
+        assert not (place / image_id).exists()
+
+        async def is_fetched_anew() -> bool:
+            return bool((await host_of(api, distribution_id))["state"] == "cached")
+
+        await testing.eventually(is_fetched_anew)
+        assert (place / image_id).read_bytes() == DATA
+
+
 async def test_a_limit_reaches_the_download_and_so_does_its_end(
     precache: Any, start_agent: Any, source: Any, request_of: Any, over: Any, image_id: str,
     monkeypatch: pytest.MonkeyPatch,

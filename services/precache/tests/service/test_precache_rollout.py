@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from hostler_common import errors, testing
+from hostler_precache.distribution import rollout_jobs
 
 MIB = 1 << 20
 
@@ -290,6 +291,62 @@ async def test_outside_its_windows_a_distribution_waits(cloud: Cloud, distribute
     changed = await cloud.api.call("PATCH", path, body={"windows": []})
     assert changed["is_open"]
     assert [one["paused"] for one in await cloud.desired("h1")] == [False]
+
+
+async def test_a_window_opens_and_closes_by_itself(
+    cloud: Cloud, distribute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins = datetime.now(UTC) + timedelta(hours=3)
+    window = {
+        "start": begins.strftime("%H:%M"),
+        "stop": (begins + timedelta(hours=1)).strftime("%H:%M"),
+    }
+    await distribute(hosts=["h1"], windows=[window])
+    (image,) = await cloud.desired("h1")
+    keys = {key: image[key] for key in ("distribution_id", "blob_id")}
+    assert image["paused"]
+    for hours, is_paused in ((3.5, False), (4.5, True)):
+
+        class Later(datetime):
+            ahead = timedelta(hours=hours)
+
+            @classmethod
+            def now(cls, tz: Any = None) -> Any:
+                return datetime.now(tz) + cls.ahead
+
+        monkeypatch.setattr(rollout_jobs, "datetime", Later)
+
+        async def is_so(expected: bool = is_paused) -> bool:
+            (image,) = await cloud.desired("h1")
+            return bool(image["paused"] is expected)
+
+        await testing.eventually(is_so)
+        told = await cloud.speak("h1", state="transferring", **keys)
+        assert told["look_again"] is is_paused
+
+
+async def test_bytes_are_measured_by_where_they_came_from_and_transfers_by_their_bound(
+    cloud: Cloud, distribute: Any
+) -> None:
+    await distribute(hosts=["h1"])
+    await cloud.end("h1", "transferring")
+    await cloud.end(
+        "h1", "cached", bytes_done=2 * MIB, bytes_from_seed=1000, bytes_from_peers=700,
+        bytes_from_rack=300, bytes_wasted=7,
+    )  # fmt: skip
+
+    async def all_is_measured() -> bool:
+        metrics = (await cloud.page("/metrics")).splitlines()
+        return not {
+            "precache_fetched_bytes_total 2.097152e+06",
+            'precache_moved_bytes{source="seed"} 1000.0',
+            'precache_moved_bytes{source="rack"} 300.0',
+            'precache_moved_bytes{source="outside"} 400.0',
+            'precache_moved_bytes{source="wasted"} 7.0',
+            "precache_distribution_over_bound_count 1.0",
+        } - set(metrics)
+
+    await testing.eventually(all_is_measured)
 
 
 async def test_a_limit_of_all_hosts_is_shared_by_those_that_still_move(

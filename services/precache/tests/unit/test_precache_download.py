@@ -1,6 +1,7 @@
 """A download asks for each piece once, whoever is slow, busy, wrong or gone."""
 
 import asyncio
+import contextlib
 import os
 import random
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from hostler_precache.swarming import swarm
 from hostler_precache.testing import image_of
+from hostler_precache.transfer import download as transfer
 from hostler_precache.transfer import manifest
 from hostler_precache.transfer.blobs import Blob
 from hostler_precache.transfer.download import Download
@@ -121,6 +123,33 @@ async def test_a_piece_of_the_seeds_choice_is_not_asked_for_by_name_while_it_is_
     assert network.chosen == list(range(MANIFEST.count))
     assert network.asked == []
     assert (download.received.from_seed, download.received.wasted) == (len(DATA), 0)
+
+
+@pytest.mark.parametrize(
+    ("few", "seconds", "held"),
+    [(2, 3600.0, 3), (100, 3600.0, None), (2, 0.0, 0)],
+    ids=["a few have come", "all are here", "none comes in a while"],
+)
+async def test_a_transfer_has_begun_when(
+    few: int, seconds: float, held: int | None, network: Network, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(transfer, "BEGUN_PIECES", few)
+    monkeypatch.setattr(transfer, "BEGUN_SECONDS", seconds)
+    network.held = {} if held is None else {piece: asyncio.Event() for piece in range(held, 7)}
+    with contextlib.closing(PieceStore.open(tmp_path, BLOB, MANIFEST)) as store:
+        blob = Blob(BLOB, manifest=MANIFEST, key=bytes(32), fd=store.fileno())
+        download = Download(blob, store, network, requests=1, rng=random.Random(1))
+        download.set_swarm(["http://seed"], {})
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            group.create_task(download.run())
+            await download.until_begun()
+            assert min(few, MANIFEST.count if held is None else held) <= download.pieces_done
+            assert download.pieces_done <= (MANIFEST.count if held is None else held)
+            for waiting in network.held.values():
+                waiting.set()
+        async with asyncio.timeout(30):  # nothing has to come any more
+            await download.until_begun()
 
 
 async def test_what_a_peer_has_is_not_taken_from_the_seed_again(

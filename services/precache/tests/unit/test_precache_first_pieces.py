@@ -1,5 +1,6 @@
 """The list of an image that is all there comes in two parts; it counts only with the root that was named."""
 
+import asyncio
 import base64
 import contextlib
 import random
@@ -33,12 +34,15 @@ class Precache:
 
     def __init__(self, *, lies: bool = False) -> None:
         self.asked: list[dict[str, int]] = []
+        self.silent = False
         self.digests = LISTED.digests[:-32] + bytes(32) if lies else LISTED.digests
 
     async def get(self, path: str, **asked: int) -> dict[str, Any]:
         assert path == f"/v1/blobs/{BLOB}/growth"
         self.asked.append(asked)
         told = self.digests[32 * asked["after"] :][: 32 * asked.get("most", 1000)]
+        if self.silent:
+            told = b""
         is_all = 32 * asked["after"] + len(told) == len(self.digests)
         return {
             "size_bytes": len(DATA),
@@ -70,7 +74,6 @@ def follow(api: Precache) -> Following:
 @pytest.fixture(autouse=True)
 def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "FIRST_PIECES", 2)
-    monkeypatch.setattr(following, "REST_PAUSE_SECONDS", 0.0)
 
 
 async def test_the_first_pieces_come_first_and_then_all_the_others() -> None:
@@ -79,6 +82,26 @@ async def test_the_first_pieces_come_first_and_then_all_the_others() -> None:
     assert (await followed.begin()).known == 2
     assert await followed.until_closed() == LISTED
     assert api.asked == [{"after": 0, "most": 2}, {"after": 2}]
+
+
+async def test_an_answer_that_tells_nothing_more_is_not_asked_for_again_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            api.silent = False
+
+    api = Precache()
+    followed = follow(api)
+    await followed.begin()
+    api.silent = True
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    assert await followed.until_closed() == LISTED
+    assert len(slept) == 3
+    assert min(slept) > 0
 
 
 async def test_an_image_of_few_pieces_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

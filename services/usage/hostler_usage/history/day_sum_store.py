@@ -16,7 +16,7 @@ import asyncio
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -30,6 +30,7 @@ from hostler_usage.history import usage_sql
 from hostler_usage.history.paging import BadMarker, Conditions
 from hostler_usage.history.project_order_store import projects_from
 from hostler_usage.history.summed_days import Span
+from hostler_usage.history.usage_row import UsageRow
 from hostler_usage.reading.mapping import Measure
 from hostler_usage.reading.times import MICROSECOND
 
@@ -47,6 +48,9 @@ SLICE: Final = "slice"
 BUCKETS: Final = frozenset({"day", "month"})
 """Those of them that are times."""
 _ROWS_A_PART: Final = 3000  # so many are read while the database finds the next
+_ROWS_A_TURN: Final = (
+    250  # then whoever else asks has one: to read and show these takes about a millisecond
+)
 _ROWS_A_BATCH: Final = 1000
 _READING_SECONDS: Final = 600.0  # until the first rows come everything has been grouped
 # both go over the same rows in the same order
@@ -59,9 +63,6 @@ _DAY: Final = timedelta(days=1)
 
 Value = str | date
 """What a group is told apart by, as the database has it."""
-
-Summed = tuple[dict[str, str | None], dict[str, int]]
-"""A group, and the sums of those measures that anything was used of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,33 +84,49 @@ class DaySums:
     edges: Sequence[datetime] = ()
 
     async def page(
-        self, connection: db.Connection, after: Sequence[str] | None, limit: int
-    ) -> tuple[list[Summed], bool]:
-        """At most `limit` groups in order, those behind the group `after`, and whether there are more.
+        self,
+        connection: db.Connection,
+        after: Sequence[str] | None,
+        limit: int,
+        take: Callable[[list[UsageRow]], None],
+    ) -> bool:
+        """Whether there are more than `limit` groups behind the group `after`; `take` has been given these, in order.
+
+        It is given some at a time, while the database looks for the next.
 
         Raises:
             BadMarker: there can be no such group.
         """
         last = None if after is None else self._values(after)
-        found: list[Summed] = []
+        left = limit
         async with aclosing(self._batches(connection, last, limit + 1)) as batches:
             rows = await anext(batches, None)
             while rows is not None:
-                # the database goes on meanwhile, and others are served
-                read, following = await asyncio.gather(
-                    asyncio.to_thread(self._read, rows),
-                    anext(batches, None),
+                following, failed = await asyncio.gather(
+                    anext(batches, None),  # the database is asked before what it said is read
+                    self._taken(rows[:left], take),
                     return_exceptions=True,  # both are over, or closing would meet what still runs
                 )
-                if isinstance(read, BaseException):
-                    raise read
+                if failed is not None:
+                    raise failed
                 if isinstance(following, BaseException):
                     raise following
-                found += read
+                left -= len(rows)
                 rows = following
-        return found[:limit], len(found) > limit
+        return left < 0
 
-    async def all(self, connection: db.Connection) -> AsyncGenerator[list[Summed]]:
+    async def _taken(
+        self, rows: Sequence[asyncpg.Record], take: Callable[[list[UsageRow]], None]
+    ) -> None:
+        """`take` has been given these, in turn with whatever else there is to do.
+
+        A thread would wait for the loop, and the loop for the thread, as long as either takes for a turn.
+        """
+        for first in range(0, len(rows), _ROWS_A_TURN):
+            take(self._read(rows[first : first + _ROWS_A_TURN]))
+            await asyncio.sleep(0)
+
+    async def all(self, connection: db.Connection) -> AsyncGenerator[list[UsageRow]]:
         """All groups in order, in batches; runs in the caller's transaction."""
         query, values = self._statement(None)
         cursor = await connection.cursor(query, *values)
@@ -341,7 +358,7 @@ class DaySums:
         edges = ", ".join(f"'{_day(edge + _DAY - MICROSECOND)}'" for edge in self.edges)
         return f"width_bucket(day, ARRAY[{edges}]::date[])"
 
-    def _read(self, rows: Sequence[asyncpg.Record]) -> list[Summed]:
+    def _read(self, rows: Sequence[asyncpg.Record]) -> list[UsageRow]:
         known = {f"{item.resource_type}/{item.name}": item.name for item in self.measures}
 
         @cache
@@ -366,7 +383,7 @@ class DaySums:
         shown = [_shown(name, [row[n] for row in rows]) for n, name in enumerate(self.groups)]
         keys = zip(*shown, strict=True) if shown else [()] * len(rows)
         return [
-            (dict(zip(self.groups, key, strict=True)), amounts(row[place], sums))
+            UsageRow(dict(zip(self.groups, key, strict=True)), amounts(row[place], sums), None)
             for row, key, sums in zip(rows, keys, numbers, strict=True)
         ]
 

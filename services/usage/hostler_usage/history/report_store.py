@@ -7,20 +7,20 @@ see is a condition inside each statement (`Scope`), never a filter on its answer
 
 import re
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from collections.abc import Mapping as Table
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import asyncpg
 
 from hostler_common import db, errors
 from hostler_usage.history import usage_sql
-from hostler_usage.history.day_sum_store import BUCKETS, GROUPS, SLICE, DaySums, Summed
+from hostler_usage.history.day_sum_store import BUCKETS, GROUPS, SLICE, DaySums
 from hostler_usage.history.measures import Window
 from hostler_usage.history.paging import (
     BadMarker,
@@ -33,6 +33,7 @@ from hostler_usage.history.paging import (
 from hostler_usage.history.project_order_store import projects_from
 from hostler_usage.history.rollup_store import days_until
 from hostler_usage.history.summed_days import Parts, midnights, parts, pieces
+from hostler_usage.history.usage_row import UsageRow
 from hostler_usage.money.budget import KIND
 from hostler_usage.reading.mapping import Mapping, Measure
 from hostler_usage.reading.statement import ResourceKey
@@ -73,6 +74,7 @@ _COLUMN: Final = {
     "label": "label",
 }
 _BUCKETS: Final = ("hour", "day", "month")
+T = TypeVar("T")
 MOST_PIECES: Final = 16
 """Each part of a window that is not summed up is read for itself, beside the sums of days, if there are no more."""
 # a page that begins with projects looks at so many of them; where they have less, at more
@@ -104,19 +106,6 @@ class UsageFilter:
     resource_type: str | None = None
     resource_id: str | None = None
     subjects: Subjects | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UsageRow:
-    """The usage of one group, and how many resources had part in it.
-
-    `amounts` are unit-microseconds of measures that are held, units of those that move; a measure
-    that nothing was used of is left out. `resources` is None where sums of whole days answered.
-    """
-
-    group: Table[Group, str | None]
-    amounts: Table[str, int]
-    resources: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +196,33 @@ class ReportStore:
             BadMarker: the marker is not of this list.
             DatabaseUnavailable: the database is away.
         """
+        shown, next_marker = await self.shown_usage(
+            list, window, groups, where, limit=limit, marker=marker, time_zone=time_zone
+        )
+        return [row for rows in shown for row in rows], next_marker
+
+    async def shown_usage(
+        self,
+        show: Callable[[Sequence[UsageRow]], T],
+        window: Window,
+        groups: Sequence[Group],
+        where: UsageFilter,
+        *,
+        limit: int,
+        marker: str | None = None,
+        time_zone: str = "UTC",
+    ) -> tuple[list[T], str | None]:
+        """The page that `usage` answers with, as `show` makes it of some rows after the others.
+
+        They are shown while the database looks for the next, and none is kept.
+
+        Raises:
+            GroupUnknown: there is no such group, or no such time zone.
+            BadMarker: the marker is not of this list.
+            DatabaseUnavailable: the database is away.
+        """
         edges = (window.start, window.upper)
+        page = _Page(show)
         # which days are summed up, and the statements of a page: all of them as of one moment
         async with (
             db.connection(self.pool) as connection,
@@ -223,28 +238,26 @@ class ReportStore:
                     await connection.execute(_IN_MEMORY)
                 if sums is not None:
                     after = marked_parts(marker, len(groups)) or None
-                    summed, is_more = await sums.page(connection, after, limit)
-                    found = [_summed_row(one) for one in summed]
+                    is_more = await sums.page(connection, after, limit, page.take)
                 else:
                     ask = partial(
                         self._query, of, edges, groups, where, time_zone=time_zone, marker=marker
                     )
-                    found = []
                     async with aclosing(
                         self._narrowed(connection, window, groups, where, marker, limit)
                     ) as narrowed:
                         async for projects in narrowed:
-                            query = ask(projects=projects, limit=limit - len(found))
+                            query = ask(projects=projects, limit=limit - page.rows)
                             rows = await connection.fetch(query.text, *query.values)
-                            found += (query.usage_row(row) for row in rows)
-                            if len(found) == limit:
+                            page.take([query.usage_row(row) for row in rows])
+                            if page.rows == limit:
                                 break
-                    is_more = bool(groups) and len(found) == limit
+                    is_more = bool(groups) and page.rows == limit
             except asyncpg.InvalidParameterValueError as exc:
                 raise GroupUnknown(f"there is no time zone {time_zone}") from exc
-        if not is_more:
-            return found, None
-        return found, marker_after([found[-1].group[name] or "" for name in groups])
+        if not is_more or page.last is None:
+            return page.shown, None
+        return page.shown, marker_after([page.last.group[name] or "" for name in groups])
 
     async def _narrowed(
         self,
@@ -290,7 +303,7 @@ class ReportStore:
             if sums is not None:
                 async with aclosing(sums.all(connection)) as batches:
                     async for summed in batches:
-                        yield [_summed_row(one) for one in summed]
+                        yield summed
                 return
             query = self._query(of, edges, groups, where)
             cursor = await connection.cursor(query.text, *query.values)
@@ -720,14 +733,26 @@ async def _day_slices(
         async for batch in batches:
             yield [
                 SliceRow(slice=numbers[group.pop(bucket) or ""], group=group, amounts=amounts)
-                for group, amounts in batch
+                for group, amounts, _ in batch
                 if amounts
             ]
 
 
-def _summed_row(summed: Summed) -> UsageRow:
-    group, amounts = summed
-    return UsageRow(group=group, amounts=amounts, resources=None)
+@dataclass(slots=True)
+class _Page(Generic[T]):
+    """The rows of a page as they are found: what is made of some after the other, and the last of them."""
+
+    show: Callable[[Sequence[UsageRow]], T]
+    shown: list[T] = field(default_factory=list)
+    rows: int = 0
+    last: UsageRow | None = None
+
+    def take(self, found: Sequence[UsageRow]) -> None:
+        """These are the next."""
+        if found:
+            self.shown.append(self.show(found))
+            self.rows += len(found)
+            self.last = found[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,39 @@ async def test_usage_is_grouped_by_any_attribute_and_by_local_days(
         assert (nothing["resources"] or 0, nothing["hours"]) == (0, {})
 
 
+async def test_usage_is_grouped_by_user_host_image_and_os(
+    run_usage: RunUsage, publish: Publish, settled: Settled
+) -> None:
+    lives = [
+        {
+            "message_id": f"{event} of {name}",
+            "event_type": f"compute.instance.{event}",
+            "timestamp": f"2026-05-08 {hour:02}:00:00",
+            "payload": {
+                "instance_id": name,
+                "tenant_id": "p1",
+                "user_id": f"user of {name}",
+                "host": f"host of {name}",
+                "image_ref_url": f"http://glance/images/image of {name}",
+                "image_meta": {"os_distro": f"os of {name}"},
+                "launched_at": "2026-05-08T01:00:00",
+                "state": "active",
+            },
+        }
+        for name, end in (("a", 4), ("b", 6))
+        for event, hour in (("create.end", 1), ("delete.end", end))
+    ]
+    async with run_usage() as service:
+        await publish([json.dumps(message).encode() for message in lives])
+        await settled(service, len(lives))
+        for name in ("user", "host", "image", "os"):
+            found = await rows(service.api, group_by=name)
+            assert [(r["group"][name], r["hours"]["instance_hours"]) for r in found] == [
+                (f"{name} of a", 3.0),
+                (f"{name} of b", 5.0),
+            ]
+
+
 METERED = [
     {
         "message_id": f"meter-{number}",
@@ -373,11 +406,17 @@ async def test_the_metrics_count_what_became_of_every_notification(
         await settled(service, 1)
         await publish([MESSAGES[1].body()])
         await settled(service, 2)
+        fresh = {"event_type": "x.y", "message_id": "fresh", "timestamp": str(datetime.now(UTC))}
+        await publish([json.dumps(fresh).encode()])
+        await settled(service, 3)
         metrics = await service.api.get("/metrics")
         for line in (
             "# TYPE hostler_usage_unverified_share gauge",
-            'hostler_usage_notifications_total{outcome="stored",source="cloud"} 2.0',
+            'hostler_usage_notifications_total{outcome="stored",source="cloud"} 3.0',
             'hostler_usage_notifications_total{outcome="duplicate",source="cloud"} 1.0',
+            'hostler_usage_unknown_types_total{source="cloud"} 1.0',
+            # those of May, one of them twice
+            'hostler_usage_late_notifications_total{source="cloud"} 3.0',
         ):
             assert line in metrics
 

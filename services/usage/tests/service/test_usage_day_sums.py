@@ -1,22 +1,24 @@
 """What sums of whole days answer alone: every group once and in order, and no more read than a page asks for."""
 
+import asyncio
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from hostler_common import db
-from hostler_usage.api import Usage, usage_document
-from hostler_usage.history import report_store
+from hostler_usage.api import Usage, usage_document, usage_items
+from hostler_usage.history import day_sum_store, report_store
 from hostler_usage.history.day_sum_store import DaySums
 from hostler_usage.history.measures import Window
 from hostler_usage.history.paging import BadMarker, marker_after
-from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
+from hostler_usage.history.report_store import ReportStore, UsageFilter
 from hostler_usage.history.rollup_store import days_until
+from hostler_usage.history.usage_row import UsageRow
 from hostler_usage.reading.mapping_file import packaged
 from hostler_usage.service_testing import rows_read
 
@@ -269,6 +271,62 @@ async def test_sums_that_cannot_be_read_are_not_hidden_by_the_reading_of_the_nex
         await reports.usage(TEN_DAYS, ["day"], UsageFilter(), limit=9)
 
 
+@pytest.mark.parametrize("groups", [["project", "day"], ["day", "project"]])
+async def test_a_page_is_shown_in_turns_while_the_database_looks_for_more_of_it(
+    pool: db.Pool, monkeypatch: pytest.MonkeyPatch, groups: list[str]
+) -> None:
+    projects, days, rows_a_turn = 40, 10, 15
+    await filled(
+        pool,
+        (
+            Sum(FIRST + timedelta(days=day), "r1", f"p{n:02}", "volume", "volume_hours", 1 + n)
+            for day in range(days)
+            for n in range(projects)
+        ),
+    )
+    monkeypatch.setattr(day_sum_store, "_ROWS_A_TURN", rows_a_turn)
+    monkeypatch.setattr(day_sum_store, "_ROWS_A_PART", 10 * days)
+    events: list[str] = []
+    for name in ("_of_projects", "_statement"):
+        made = getattr(DaySums, name)
+
+        def asked(self: DaySums, *arguments: Any, made: Any = made) -> Any:
+            events.append("asked")
+            return made(self, *arguments)
+
+        monkeypatch.setattr(DaySums, name, asked)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def shown(rows: Sequence[UsageRow]) -> tuple[int, list[UsageRow]]:
+        events.append("shown")
+        assert len(rows) <= rows_a_turn
+        return turns, list(rows)
+
+    reports = ReportStore(pool=pool, mapping=packaged())
+    beside = asyncio.create_task(others())
+    try:
+        found, marker = await reports.shown_usage(
+            shown, TEN_DAYS, groups, UsageFilter(), limit=projects * days - 5
+        )
+    finally:
+        beside.cancel()
+    # of each part the next was asked for before its first rows were shown
+    assert events[:3] == ["asked", "asked", "shown"]
+    # between any two of them others had their turn
+    assert all(before < after for (before, _), (after, _) in pairwise(found))
+    rows = [row for _, part in found for row in part]
+    assert len(rows) == projects * days - 5
+    page = await reports.usage(TEN_DAYS, groups, UsageFilter(), limit=projects * days - 5)
+    assert (rows, marker) == page
+    assert marker is not None
+
+
 async def test_a_marker_that_no_group_could_have_is_refused(pool: db.Pool) -> None:
     await filled(pool, [Sum(FIRST, "r1", "p", "volume", "volume_hours", 1)])
     reports = ReportStore(pool=pool, mapping=packaged())
@@ -285,6 +343,7 @@ async def test_a_marker_that_no_group_could_have_is_refused(pool: db.Pool) -> No
 
 
 def test_amounts_beyond_64_bits_are_written_exactly() -> None:
+    plain = UsageRow(group={"project": "p", "day": None}, amounts={"vcpu_hours": 1}, resources=7)
     row = UsageRow(
         group={"project": "ä", "day": None},
         amounts={"image_byte_hours": 10**23 + 1, "volume_read_bytes": 2**64, "vcpu_hours": -3600},
@@ -300,7 +359,10 @@ def test_amounts_beyond_64_bits_are_written_exactly() -> None:
         next_marker=None,
         unfolded_resources=0,
     )
-    (item,) = Usage.model_validate_json(usage_document(head, [row], packaged())).usage
+    parts = [usage_items(packaged(), rows) for rows in ([plain, row], [plain])]
+    first, item, last = Usage.model_validate_json(usage_document(head, parts)).usage
+    assert first == last
+    assert (first.resources, first.unit_microseconds) == (7, {"vcpu_hours": 1})
     assert item.unit_microseconds == {"image_byte_hours": 10**23 + 1, "vcpu_hours": -3600}
     assert item.amounts == {"volume_read_bytes": 2**64}
     assert item.hours == {"image_byte_hours": 27777777777777.777778, "vcpu_hours": -0.000001}

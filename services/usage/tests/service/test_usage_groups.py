@@ -18,8 +18,9 @@ from hostler_common.testing import RunningService
 from hostler_usage.history.groups_testing import ALL, KINDS, MAY, PROJECTS, memberships
 from hostler_usage.history.ledger_testing import Ledger
 from hostler_usage.history.measures import Window
-from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
+from hostler_usage.history.report_store import ReportStore, UsageFilter
 from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.history.usage_row import UsageRow
 from hostler_usage.money.budget import Membership
 from hostler_usage.money.price_store import PriceStore
 from hostler_usage.reading.mapping_file import packaged

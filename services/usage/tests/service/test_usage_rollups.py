@@ -10,8 +10,9 @@ import pytest
 from hostler_common import db
 from hostler_usage.history.fold_store import FoldStore
 from hostler_usage.history.measures import Window
-from hostler_usage.history.report_store import ReportStore, UsageFilter, UsageRow
+from hostler_usage.history.report_store import ReportStore, UsageFilter
 from hostler_usage.history.rollup_store import RollupStore
+from hostler_usage.history.usage_row import UsageRow
 from hostler_usage.reading.envelope import open_body
 from hostler_usage.reading.event import Event, Origin
 from hostler_usage.reading.mapping_file import packaged

@@ -154,7 +154,7 @@ def used(mapping: Mapping, resource: str, found: Ledger) -> dict[str, int]:
         ("identity.project.created", "project", Edge.LAUNCH, "created", Phase.END),
         ("identity.user.deleted", "user", Edge.END, "deleted", Phase.END),
         ("baremetal.lease.taken", "node", Edge.LAUNCH, "taken", Phase.END),
-        ("baremetal.lease.expired", "node", Edge.CHANGE, "expired", Phase.END),
+        ("baremetal.lease.expired", "node", Edge.END, "expired", Phase.END),
         # names of the 2012 list
         ("compute.volume.create.end", "volume", Edge.LAUNCH, "create", Phase.END),
         ("compute.volume.attached.end", "volume", Edge.CHANGE, "attach", Phase.END),

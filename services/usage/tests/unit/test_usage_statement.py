@@ -45,6 +45,8 @@ In test_usage_<file>, quirk -> test (here unless a file is named):
   old delete.end with an id alone     test_a_delete_that_holds_an_id_alone_ends_the_resource
   launched_at is now, or never was    test_a_volume_is_not_there_while_it_is_being_made...; test_a_volume_that_never...
   an address allocated again          test_an_address_that_is_allocated_again_lives_again_and_is_nobodys_between
+  a lease's times are whole seconds   test_a_node_that_is_taken_as_another_lease_ends_is_used_by_both_in_turn
+  disassociate names the instance     test_an_address_of_nova_network_is_of_the_instance_it_names_until...
   server_id or instance_uuid          normalise: test_ceilometers_name_for_the_attached_server_is_read_too
   errors of the decorator             test_an_error_under_a_functions_name_is_filed_under_its_instance
   metering for granular traffic       test_granular_traffic_counts_once_though_it_is_told_by_label_router_and_project
@@ -621,7 +623,9 @@ def test_the_host_is_the_bodys_and_never_the_publishers() -> None:
 # --- hostler's own agent, and bare metal
 
 
-def sample(at: datetime, run: str, cpu: int, written: int) -> Notification:
+def sample(
+    at: datetime, run: str, cpu: int, written: int, *, ticks: int | None = None
+) -> Notification:
     payload = {
         "host": "cmp-017",
         "sampled_at": at.isoformat(),
@@ -629,7 +633,7 @@ def sample(at: datetime, run: str, cpu: int, written: int) -> Notification:
         "samples": [
             {
                 "instance_id": name,
-                "run": {"boot_id": run, "domain_id": 7},
+                "run": {"boot_id": run, "domain_id": 7, "process_start_ticks": ticks},
                 "cpu_time_ns": cpu,
                 "disks": [
                     {
@@ -678,24 +682,65 @@ def test_samples_of_many_domains_count_for_each_of_them() -> None:
     assert moved["cpu_time_ns"] == 4_000 + 7_000
 
 
-def test_a_node_is_used_while_it_is_leased() -> None:
-    def lease(event: str, at: datetime, **more: object) -> Notification:
-        return sent(f"baremetal.lease.{event}", {"node_uuid": "n", **more}, at)
-
-    at = on(8, "10:00")
-    found = ledger(
-        lease("taken", at, owner="p1", purpose="burn-in"),
-        lease("released", at + HOUR),
-        lease("taken", at + 3 * HOUR, owner="p2", purpose=None),
-        lease("expired", at + 5 * HOUR),
+def test_a_domain_started_again_under_its_number_is_another_run_though_no_counter_fell() -> None:
+    """After a restart of libvirtd the number may be given out again: the process tells them apart."""
+    start = on(8, "12:00", 5)
+    found = ledger_of_samples(
+        sample(start, "a", 1_000, 512, ticks=100),
+        sample(start + HOUR, "a", 2_000, 4096, ticks=100),
+        sample(start + 2 * HOUR, "a", 3_000, 8192, ticks=900),
     )
-    assert spans(found, "project", "state", "leased", "purpose") == [
-        (at, at + HOUR, "p1", "leased", 1, "burn-in"),
-        (at + HOUR, at + 3 * HOUR, None, "free", 0, None),
-        (at + 3 * HOUR, at + 5 * HOUR, "p2", "leased", 1, None),
-        (at + 5 * HOUR, None, None, "free", 0, None),
+    moved = used(found, "instance", LAUNCHED, start + 3 * HOUR)
+    assert (moved["cpu_time_ns"], moved["disk_write_bytes"]) == (2_000 + 3_000, 4096 + 8192)
+
+
+def ledger_of_samples(*samples: Notification) -> Ledger:
+    return ledgers(legacy("create.end", LAUNCHED + SECOND), *samples)[INSTANCE]
+
+
+def lease(event: str, at: datetime, owner: str = "p1", **more: object) -> Notification:
+    """As baremetal says it; AMQP cuts the moment to its second."""
+    payload = {"node_uuid": "n", "name": "bm-1", "owner": owner, "purpose": "burn-in", **more}
+    told = sent(f"baremetal.lease.{event}", payload, at.replace(microsecond=0))
+    return told._replace(message_id=f"{event} of {owner} at {at}")
+
+
+def test_a_node_is_used_while_it_is_leased() -> None:
+    at = on(8, "10:00")
+    expired = lease("expired", at + 5 * HOUR + 20 * SECOND, "p2", expires_at=str(at + 5 * HOUR))
+    found = ledger(
+        lease("taken", at),
+        lease("released", at + HOUR, expires_at=str(at + 9 * HOUR)),
+        lease("taken", at + 3 * HOUR, "p2", purpose=None),
+        expired,  # as its sweep noticed 20 s later
+    )
+    assert spans(found, "project", "state", "purpose") == [
+        (at, at + HOUR, "p1", "leased", "burn-in"),
+        (at + 3 * HOUR, at + 5 * HOUR, "p2", "leased", None),
     ]
     assert used(found, "node", at, at + 9 * HOUR) == {"node_hours": 3 * MICROSECONDS_PER_HOUR}
+
+
+@pytest.mark.parametrize("ended", ["released", "expired"])
+@pytest.mark.parametrize("noticed", [0, 0.4, 1.7])
+def test_a_node_that_is_taken_as_another_lease_ends_is_used_by_both_in_turn(
+    ended: str, noticed: float
+) -> None:
+    """Both are told of in one transaction: the same second, and in either order."""
+    at = on(8, "12:00:00.300000")
+    taken = at + timedelta(seconds=noticed)
+    told = [
+        lease("taken", at - HOUR),
+        lease(ended, taken, expires_at=str(at)),
+        lease("taken", taken, "p2"),
+        lease("released", at + 2 * HOUR, "p2"),
+    ]
+    found = ledger(*told)
+    assert ledger(*reversed(told)) == found
+    assert [project for _, _, project in spans(found, "project")] == ["p1", "p2"]
+    held = used(found, "node", at - 2 * HOUR, at + 3 * HOUR)["node_hours"]
+    assert abs(held - 3 * MICROSECONDS_PER_HOUR) < 3_000_000
+    assert found.anomalies == ()
 
 
 # --- Cinder
@@ -1203,6 +1248,30 @@ def test_addresses_of_nova_network_and_of_the_2012_list_are_told_by_their_addres
     ):
         found = ledgers(sent(names[0], payload, at), sent(names[1], payload, at + HOUR))
         assert spans(found["172.24.4.227"], "project") == [(at, at + HOUR, "p")]
+
+
+@pytest.mark.parametrize("prefix", ["network.floating_ip", "compute.ip"])
+def test_an_address_of_nova_network_is_of_the_instance_it_names_until_it_is_disassociated(
+    prefix: str,
+) -> None:
+    """Nova's disassociate names the instance as its associate does; that of 2012 named none."""
+    at = on(27, "10:00", 9)
+    payload = {"project_id": "p", "floating_ip": "172.24.4.227"}
+    of_instance = payload | {"instance_id": INSTANCE}
+    told = [
+        ("network.floating_ip.allocate", payload),
+        (f"{prefix}.associate", of_instance),
+        (f"{prefix}.disassociate", of_instance),
+        (f"{prefix}.associate", of_instance),
+        (f"{prefix}.disassociate", payload),
+        ("network.floating_ip.deallocate", payload),
+    ]
+    found = ledger(*(sent(name, body, at + n * HOUR) for n, (name, body) in enumerate(told)))
+    course = [None, INSTANCE, None, INSTANCE, None]
+    assert spans(found, "state", "port") == [
+        (at + n * HOUR, at + (n + 1) * HOUR, "associated" if port else "allocated", port)
+        for n, port in enumerate(course)
+    ]
 
 
 def address(event: str, at: datetime, project: str = "p") -> Notification:
