@@ -475,7 +475,8 @@ def _run_compiled(arguments: list[str]) -> int:
 
 def main() -> None:
     """Print the tables and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    # nothing abbreviated: what is compiled is told all but one of the options
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--real-8", type=float, help="last_over_t_star_8 of precache_swarm")
     parser.add_argument("--real-16", type=float, help="last_over_t_star_16 of precache_swarm")
     parser.add_argument(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from hostler_common import errors
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 
 class ServerFailed(errors.HostlerError):

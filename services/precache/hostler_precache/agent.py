@@ -170,6 +170,7 @@ class CacheAgent:
         # what comes as slowly as its source sends must not be in the way of what is all there
         self._growing_slots = Slots(settings.downloads)
         self._look_again = asyncio.Event()
+        self._retry: asyncio.TimerHandle | None = None
         self._tell_now = asyncio.Event()
 
     async def on_cache(self, delivery: Delivery) -> None:
@@ -346,14 +347,17 @@ class CacheAgent:
             "image_refused", image_id=work.wanted.image_id, state=state.value, reason=reason
         )
         work.state, work.reason = state, reason[:REASON_CHARACTERS]
-        loop = asyncio.get_running_loop()
-        work.ended_at = loop.time()
+        work.ended_at = asyncio.get_running_loop().time()
         self._tell_now.set()
-        if (
-            state is HostState.ERROR
-        ):  # others have failed at the same moment: not all of them come back at once
-            seconds = self._settings.retry_seconds * self._rng.uniform(1.0, 1.1)
-            loop.call_later(seconds, self.look_again)
+        if state is HostState.ERROR:
+            self._look_again_when_due()
+
+    def _look_again_when_due(self) -> None:
+        """What has failed now is tried again; what fails within a moment of each other, at one look."""
+        loop, seconds = asyncio.get_running_loop(), self._settings.retry_seconds
+        if self._retry is None or self._retry.when() < loop.time() + seconds:
+            # other hosts have failed at the same moment: not all of them come back at once
+            self._retry = loop.call_later(seconds * self._rng.uniform(1.0, 1.1), self.look_again)
 
     # --- one image
 

@@ -14,8 +14,7 @@ from starlette.staticfiles import StaticFiles
 from hostler_common import http, quarantine, service
 from hostler_common.health import Health
 from hostler_common.settings import SettingsError
-from hostler_precache import api, messages, pages
-from hostler_precache.clock_store import AHEAD_SECONDS, ClockStore
+from hostler_precache import api, clock_store, messages, pages
 from hostler_precache.distribution import distributions_api, endings, history_jobs, policies_api
 from hostler_precache.distribution.distribution_store import DistributionStore
 from hostler_precache.distribution.efficiency import Efficiency
@@ -169,10 +168,10 @@ async def serve(settings: Settings, *, stop: asyncio.Event | None = None) -> Non
         )
         process.every(history_jobs.EVERY_SECONDS, history.forget, name="history")
         process.every(FORGET_SECONDS, pipeline.forget_old_keys, name="forget_old_keys")
-        clock = ClockStore(
+        clock = clock_store.ClockStore(
             pool, longest_lease_seconds=max(LONGEST_RETRY_SECONDS, settings.lease_seconds)
         )
-        process.every(AHEAD_SECONDS, clock.put_right, name="clock")
+        process.every(clock_store.EVERY_SECONDS, clock.put_right, name="clock")
         state = {
             "store": store,
             "distributions": distributions,

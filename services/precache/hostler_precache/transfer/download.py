@@ -51,11 +51,12 @@ class Received:
 
 
 class _Link:
-    """The way to one source: where it is, and the task that follows its piece map."""
+    """The way to one source: where it is, how often in a row it failed, and who follows its piece map."""
 
     def __init__(self, source: Source, url: str) -> None:
         self.source = source
         self.url = url
+        self.unanswered = 0
         self.follower: asyncio.Task[None] | None = None
         self.heard_of = asyncio.Event()
 
@@ -142,9 +143,12 @@ class Download:
 
     @property
     def nobody_answers(self) -> str | None:
-        """What went wrong last, where each seed and neighbour has failed twice since it last did as asked."""
-        sources = [one for one in self._receiver.sources if not one.is_banned]
-        if not sources or any(one.failures < FAILURES_TO_TELL for one in sources):
+        """What went wrong last, where each seed and neighbour has failed twice since it last answered.
+
+        "Busy" is an answer, and so is that it has nothing: who gives them is reached.
+        """
+        links = [link for link in self._links.values() if not link.source.is_banned]
+        if not links or any(link.unanswered < FAILURES_TO_TELL for link in links):
             return None
         return self._last_failure
 
@@ -266,6 +270,7 @@ class Download:
         source, data = request.source, None
         try:
             data = await self._fetch(request, url)
+            self._answered(source)
             if data is not None:
                 assert request.piece is not None
                 if isinstance(data, Landing) and not data.is_spilled:  # hashed, and in its place
@@ -274,11 +279,13 @@ class Download:
                     await asyncio.to_thread(self._store.write, request.piece, data)
                 self._arrived(request, len(data))
         except PeerBusyError as exc:
+            self._answered(source)
             self._nothing_sent()
             self._receiver.busy(request, exc.retry_after_seconds, self._clock())
         except PieceMissingError as exc:
             self._nothing_sent()
             if request.piece is not None and not source.is_seed:
+                self._answered(source)
                 self._receiver.lacking(request)
             else:
                 self._failed(source, str(exc))
@@ -327,10 +334,18 @@ class Download:
         for loser in losers:
             self._tasks[loser].cancel()
 
+    def _answered(self, source: Source) -> None:
+        link = self._links.get(source.name)
+        if link is not None:
+            link.unanswered = 0
+
     def _failed(self, source: Source, reason: str) -> None:
         if not source.failures:
             log.info("peer_failed", blob_id=self._blob.blob_id, peer=source.name, reason=reason)
         self._last_failure = f"{source.name}: {reason}"
+        link = self._links.get(source.name)
+        if link is not None:
+            link.unanswered += 1
         self._receiver.failed(source, self._clock())
 
     def _rejected(self, request: Request, length: int) -> None:
@@ -392,6 +407,7 @@ class Download:
     def _hear(self, link: _Link, news: News) -> None:
         if link.follower is None:
             return  # its last words, after we have stopped listening
+        link.unanswered = 0
         for piece in swarm.members(self._receiver.heard(link.source, news, self._clock())):
             self._blob.claim(piece)  # told on: not all of a rack are neighbours
         if (

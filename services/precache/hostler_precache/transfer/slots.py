@@ -46,10 +46,12 @@ class Slots:
             raise
 
     def _give_back(self) -> None:
-        if not self._waiting:
+        # one that is cancelled is there until it has heard of it
+        waiting = [one for one in self._waiting if not one.turn.done()]
+        if not waiting:
             self._free += 1
             return
         # of several that are equal max takes the first: they are in the order of their coming
-        following = max(self._waiting, key=lambda one: one.priority())
+        following = max(waiting, key=lambda one: one.priority())
         self._waiting.remove(following)
         following.turn.set_result(None)

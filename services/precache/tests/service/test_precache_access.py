@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hostler_common import auth, client, errors
+from hostler_common import auth, client, errors, testing
 from hostler_precache import __main__ as command_line
 
 
@@ -95,6 +95,11 @@ async def test_the_command_line_plans_stops_and_goes_on_and_runs_policies(
         location = source.add("image", data)
         image = {"image_id": "golden", "location": location, "size_bytes": len(data)}
         await service.api.post("/v1/images", image)
+
+        async def is_heard_of() -> bool:
+            return bool((await service.api.get("/v1/hosts"))["hosts"])
+
+        await testing.eventually(is_heard_of)
         wanted = ("golden", "--host", "host-1", "--host", "ghost", "--deadline", "0.0001h")
         code, out, err = await run("plan", "--dry-run", *wanted, *at)
         assert (code, err) == (0, "")

@@ -8,10 +8,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hostler_common import db
-from hostler_precache.clock_store import ClockStore
+from hostler_precache import clock_store
+from hostler_precache.clock_store import AHEAD_SECONDS, ClockStore
 
 YEARS = timedelta(days=3650)
 LEASE_SECONDS = 300.0
+IMAGE = "image-1"
 
 
 async def jumped(control: Any, by: timedelta) -> None:
@@ -37,7 +39,7 @@ async def claimed(control: Any) -> Any:
 
 
 async def some_of_everything(control: Any) -> tuple[Any, Any]:
-    """A policy that ran and whose image failed, a fetch that is leased, a host and a seed that spoke."""
+    """A policy that ran and whose image failed, a fetch that is leased, a blob, a host and a seed that spoke."""
     policy = await control.add_policy()
     assert await control.policies.claim_policy() is not None
     await control.policies.policy_ran(policy.policy_id, outcome="ok", detail="")
@@ -57,6 +59,9 @@ async def some_of_everything(control: Any) -> tuple[Any, Any]:
             "   now() + interval '5 minutes')",
             uuid.uuid4(),
         )
+    await control.add_image("image-3")
+    await control.add_blob("image-3")
+    await control.distribute(image_id="image-3")
     await control.say("h1")
     return policy, failed
 
@@ -69,6 +74,7 @@ async def test_what_a_clock_wrote_while_it_was_ahead_keeps_nothing_from_its_time
     await jumped(control, YEARS)
     assert await control.policies.claim_policy() is None
     assert await claimed(control) is None
+    assert await control.store.retire_blobs("seed", idle_seconds=0) == []
 
     await clock.put_right()
 
@@ -76,12 +82,47 @@ async def test_what_a_clock_wrote_while_it_was_ahead_keeps_nothing_from_its_time
     due = await control.policies.claim_policy()
     assert due is not None
     assert due.policy_id == policy.policy_id
-    assert (await claimed(control)).image.image_id == "image-2"
-    found = await control.distributions.distribution(failed)
-    assert found.finished_at < now  # tried again minutes later, and not years
+    assert await claimed(control) is None  # whoever fetches it has a minute to say so
     async with db.connection(control.pool) as connection:
-        for table in ("host", "seed"):
-            assert await connection.fetchval(f"SELECT max(seen_at) FROM {table}") < now
+        for table, time in (
+            ("host", "seen_at"),
+            ("seed", "seen_at"),
+            ("blob", "ready_at"),
+            ("distribution", "announced_at"),
+            ("distribution", "finished_at"),  # tried again minutes later, and not years
+        ):
+            assert await connection.fetchval(f"SELECT max({time}) FROM {table}") < now
+        cancelled_at = "SELECT cancelled_at FROM distribution WHERE distribution_id = $1"
+        assert await connection.fetchval(cancelled_at, failed) is None
+    await jumped(control, timedelta(seconds=-AHEAD_SECONDS - 1))
+    assert (await claimed(control)).image.image_id == "image-2"
+
+
+async def test_a_replica_whose_leases_are_longer_than_ours_keeps_what_it_fetches(
+    control: Any,
+) -> None:
+    await some_of_everything(control)
+    async with db.transaction(control.pool) as connection:
+        await connection.execute(
+            "UPDATE blob SET lease_until = now() + interval '1 hour' WHERE state = 'fetching'"
+        )
+    await ClockStore(control.pool, longest_lease_seconds=LEASE_SECONDS).put_right()
+    assert await claimed(control) is None
+
+
+async def test_distributions_that_are_long_over_are_not_read_each_minute(control: Any) -> None:
+    async with db.transaction(control.pool) as connection:
+        await connection.execute(
+            "INSERT INTO distribution (distribution_id, image_id, priority, state, finished_at)"
+            " SELECT gen_random_uuid(), $1, 0, 'done', now() - interval '1 day'"
+            " FROM generate_series(1, 20000)",
+            IMAGE,
+        )
+        await connection.execute("ANALYZE distribution")
+        for statement in clock_store._STATEMENTS:
+            if statement.startswith("UPDATE distribution "):
+                rows = await connection.fetch(f"EXPLAIN {statement}", AHEAD_SECONDS)
+                assert not [row[0] for row in rows if "Seq Scan" in row[0]]
 
 
 async def test_where_the_clock_is_right_nothing_is_changed(control: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hostler_common.testing import eventually
 from hostler_precache.swarming import swarm
 from hostler_precache.testing import image_of
 from hostler_precache.transfer import download as transfer
@@ -48,6 +49,7 @@ class Network:
         self.held: dict[int, asyncio.Event] = {}
         self.has: dict[str, int] = {}
         self.answers: dict[str, Callable[[int], bytearray]] = {}
+        self.refuses: dict[str, PeerError] = {}
         self.asked: list[tuple[str, int]] = []
         self.chosen: list[int] = []
 
@@ -60,7 +62,9 @@ class Network:
     async def fetch_next(
         self, url: str, *, timeout_seconds: float
     ) -> tuple[int, bytearray] | None:
-        del url, timeout_seconds
+        del timeout_seconds
+        if url in self.refuses:
+            raise self.refuses[url]
         piece = self.seed.next("host-1", 0.0)
         if piece is None:
             return None
@@ -150,6 +154,38 @@ async def test_a_transfer_has_begun_when(
                 waiting.set()
         async with asyncio.timeout(30):  # nothing has to come any more
             await download.until_begun()
+
+
+async def test_that_nobody_answers_is_said_until_somebody_does_if_only_that_he_is_busy(
+    network: Network, tmp_path: Path
+) -> None:
+    with contextlib.closing(PieceStore.open(tmp_path, BLOB, MANIFEST)) as store:
+        blob = Blob(BLOB, manifest=MANIFEST, key=bytes(32), fd=store.fileno())
+        download = Download(blob, store, network, requests=1, rng=random.Random(1))
+        assert download.nobody_answers is None  # nobody was asked
+
+        async def says(reason: str | None) -> None:
+            async def is_so() -> bool:
+                return download.nobody_answers == reason
+
+            await eventually(is_so)
+
+        network.refuses["http://seed"] = PeerError("no route")
+        download.set_swarm(["http://seed"], {})
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            running = group.create_task(download.run())
+            await says("seed http://seed: no route")
+            network.refuses["http://seed"] = PeerBusyError(0.01)
+            await says(None)
+            assert download.pieces_done == 0
+            network.refuses["http://seed"] = PeerError("no route")
+            await says("seed http://seed: no route")
+            network.has["http://peer"] = 0
+            download.set_swarm(["http://seed"], {"peer": "http://peer"})
+            await says(None)  # it has nothing yet, and says so
+            network.refuses.clear()
+            await running
+        assert download.nobody_answers is None
 
 
 async def test_what_a_peer_has_is_not_taken_from_the_seed_again(

@@ -85,3 +85,16 @@ async def test_no_slot_is_lost_with_those_that_are_cancelled_while_they_wait_or_
     assert runner.running == ["e", "f"]
     await runner.end("e")
     await runner.end("f")
+
+
+async def test_a_slot_that_is_given_back_as_whoever_waits_is_cancelled_is_free() -> None:
+    runner = Runner(Slots(1))
+    await runner.start("a", lambda: 0)
+    await runner.start("b", lambda: 0)
+    for name in "ab":  # a comes to give its slot back before b has heard of its own end
+        runner.tasks[name].cancel()
+    ended = await asyncio.gather(*runner.tasks.values(), return_exceptions=True)
+    assert [type(one) for one in ended] == [asyncio.CancelledError] * 2
+    await runner.start("c", lambda: 0)
+    assert runner.running == ["c"]
+    await runner.end("c")

@@ -201,11 +201,8 @@ def _most_certain(periods: Iterable[_Period]) -> list[_Period]:
 
 
 def _growth(points: Sequence[_Point], is_born_of_event: bool) -> _Found:
-    runs: dict[str, list[_Point]] = defaultdict(list)
-    for point in sorted(points, key=_order):
-        runs[point.run].append(point)
     counted: list[_Counted] = []
-    for number, run in enumerate(runs.values()):  # in order of their first readings
+    for number, run in enumerate(_runs(sorted(points, key=_order))):
         first = run[0]
         if number > 0 or is_born_of_event:
             counted.append((first.at, first.value, first.project_id, (first.evidence,)))
@@ -214,6 +211,37 @@ def _growth(points: Sequence[_Point], is_born_of_event: bool) -> _Found:
             grown = point.value if is_reset else point.value - before.value
             counted.append((point.at, grown, point.project_id, (before.evidence, point.evidence)))
     return counted, False
+
+
+def _runs(points: Iterable[_Point]) -> list[list[_Point]]:
+    """Readings in order, parted by the runs they are of, in the order of their first ones.
+
+    A name may lack its last parts, where whoever read could not tell them. As far as both say it is one
+    run: of those whose names go on from there, the one that was read last.
+    """
+    runs: list[list[_Point]] = []
+    names: list[str] = []  # the most that was said of each
+    latest: dict[str, int] = {}  # of those whose names are this or begin so, the one read last
+    number = 0
+    name: str | None = None
+    for point in points:
+        if point.run != name:
+            name = point.run
+            parts = name.split("/")
+            begins = ["/".join(parts[:length]) for length in range(len(parts), -1, -1)]
+            same = (
+                latest[begin]
+                for begin in begins
+                if begin in latest and (begin == name or names[latest[begin]] == begin)
+            )
+            number = next(same, len(runs))
+            if number == len(runs):
+                runs.append([])
+                names.append(name)
+            names[number] = max(names[number], name, key=len)
+            latest.update(dict.fromkeys(begins, number))
+        runs[number].append(point)
+    return runs
 
 
 def _each(points: Sequence[_Point], _: bool) -> _Found:

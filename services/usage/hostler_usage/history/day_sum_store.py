@@ -48,9 +48,8 @@ SLICE: Final = "slice"
 BUCKETS: Final = frozenset({"day", "month"})
 """Those of them that are times."""
 _ROWS_A_PART: Final = 3000  # so many are read while the database finds the next
-_ROWS_A_TURN: Final = (
-    250  # then whoever else asks has one: to read and show these takes about a millisecond
-)
+# then whoever else asks has a turn: to read and show these takes about a millisecond
+_ROWS_A_TURN: Final = 250
 _ROWS_A_BATCH: Final = 1000
 _READING_SECONDS: Final = 600.0  # until the first rows come everything has been grouped
 # both go over the same rows in the same order

@@ -8,7 +8,6 @@ see is a condition inside each statement (`Scope`), never a filter on its answer
 import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from collections.abc import Mapping as Table
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -33,7 +32,7 @@ from hostler_usage.history.paging import (
 from hostler_usage.history.project_order_store import projects_from
 from hostler_usage.history.rollup_store import days_until
 from hostler_usage.history.summed_days import Parts, midnights, parts, pieces
-from hostler_usage.history.usage_row import UsageRow
+from hostler_usage.history.usage_row import SliceRow, UsageRow
 from hostler_usage.money.budget import KIND
 from hostler_usage.reading.mapping import Mapping, Measure
 from hostler_usage.reading.statement import ResourceKey
@@ -106,19 +105,6 @@ class UsageFilter:
     resource_type: str | None = None
     resource_id: str | None = None
     subjects: Subjects | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SliceRow:
-    """The usage of one group in one slice of a window, counted from zero; amounts as in `UsageRow`.
-
-    A group may have a row for each type of its resources and for each counter that moved, and one from
-    the sums of days beside those from the facts: they add up.
-    """
-
-    slice: int
-    group: Table[Group, str | None]
-    amounts: Table[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +200,7 @@ class ReportStore:
     ) -> tuple[list[T], str | None]:
         """The page that `usage` answers with, as `show` makes it of some rows after the others.
 
-        They are shown while the database looks for the next, and none is kept.
+        Sums of days are shown while the database looks for the next of them.
 
         Raises:
             GroupUnknown: there is no such group, or no such time zone.

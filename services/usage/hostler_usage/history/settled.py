@@ -14,9 +14,11 @@ Where it does not, everything is read again. So this decides how much a fold rea
 comes of it: tests hold it against the ledger of everything.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import groupby
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -164,20 +166,25 @@ def _spared(said: Sequence[Said], line: datetime) -> set[Said]:
 
 
 def _first_and_last_readings(said: Iterable[Said], line: datetime) -> set[Said]:
-    """Those that order the runs of growing counters, and that their next readings are compared with."""
-    runs: dict[tuple[str, str, str], list[tuple[tuple[object, ...], Said]]] = {}
+    """Those that tell and order the runs of growing counters, and that their next readings are compared with.
+
+    The first and the last of each stretch under one name: what a name goes on from is what was read before it.
+    """
+    series: dict[tuple[str, str], list[tuple[tuple[object, ...], str, Said]]] = defaultdict(list)
     for item in said:
         statement, evidence = item
         at = statement.at or evidence.event_time
         for reading in statement.readings:
             if reading.reading is Reading.CUMULATIVE and at < line:
-                told = ((at, reading.value, *evidence), item)
-                ends = runs.setdefault((reading.name, reading.label, reading.run), [told, told])
-                ends[:] = (
-                    min(ends[0], told, key=itemgetter(0)),
-                    max(ends[1], told, key=itemgetter(0)),
-                )
-    return {item for ends in runs.values() for _, item in ends}
+                order = (at, reading.value, *evidence, reading.run)
+                series[reading.name, reading.label].append((order, reading.run, item))
+    found: set[Said] = set()
+    for told in series.values():
+        told.sort(key=itemgetter(0))
+        for _, stretch in groupby(told, key=itemgetter(1)):
+            items = [item for _, _, item in stretch]
+            found.update((items[0], items[-1]))
+    return found
 
 
 def _last_audits(said: Iterable[Said], line: datetime) -> set[Said]:

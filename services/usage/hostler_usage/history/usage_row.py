@@ -1,5 +1,7 @@
 """What any way of reading the ledger says of a group."""
 
+from collections.abc import Mapping as Table
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -13,3 +15,16 @@ class UsageRow(NamedTuple):
     group: dict[str, str | None]
     amounts: dict[str, int]
     resources: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRow:
+    """The usage of one group in one slice of a window, counted from zero; amounts as in `UsageRow`.
+
+    A group may have a row for each type of its resources and for each counter that moved, and one from
+    the sums of days beside those from the facts: they add up.
+    """
+
+    slice: int
+    group: Table[str, str | None]
+    amounts: Table[str, int]

@@ -42,7 +42,8 @@ class Evidence(NamedTuple):
 class CounterReading(NamedTuple):
     """A number under a counter. `run` tells one run of it from the next, which begins at nothing.
 
-    Of a difference, `run` is who measured it.
+    Its parts, with "/" between, lack the last ones where they are not known. Of a difference, `run` is
+    who measured it.
     """
 
     name: str

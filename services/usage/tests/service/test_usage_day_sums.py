@@ -327,6 +327,44 @@ async def test_a_page_is_shown_in_turns_while_the_database_looks_for_more_of_it(
     assert marker is not None
 
 
+@pytest.mark.parametrize("is_cancelled", [False, True])
+@pytest.mark.parametrize("groups", [["project", "day"], ["day", "project"]])
+async def test_a_page_that_nobody_waits_for_or_that_cannot_be_shown_gives_its_connection_back(
+    pool: db.Pool, monkeypatch: pytest.MonkeyPatch, groups: list[str], is_cancelled: bool
+) -> None:
+    await filled(
+        pool,
+        (
+            Sum(FIRST + timedelta(days=day), "r1", f"p{n:02}", "volume", "volume_hours", 1)
+            for day in range(10)
+            for n in range(40)
+        ),
+    )
+    monkeypatch.setattr(day_sum_store, "_ROWS_A_TURN", 15)
+    monkeypatch.setattr(day_sum_store, "_ROWS_A_PART", 100)
+    reports = ReportStore(pool=pool, mapping=packaged())
+    parts = 0
+
+    def shown(rows: Sequence[UsageRow]) -> int:
+        nonlocal parts
+        parts += 1
+        if parts == 2 and is_cancelled:
+            asking.cancel()  # its client is gone
+        elif parts == 2:
+            raise ValueError("it cannot be shown")
+        return len(rows)
+
+    asking = asyncio.create_task(
+        reports.shown_usage(shown, TEN_DAYS, groups, UsageFilter(), limit=400)
+    )
+    with pytest.raises(asyncio.CancelledError if is_cancelled else ValueError):
+        await asking
+    assert parts == 2
+    assert pool.get_idle_size() == pool.get_size()
+    rows, marker = await reports.usage(TEN_DAYS, groups, UsageFilter(), limit=400)
+    assert (len(rows), marker) == (400, None)
+
+
 async def test_a_marker_that_no_group_could_have_is_refused(pool: db.Pool) -> None:
     await filled(pool, [Sum(FIRST, "r1", "p", "volume", "volume_hours", 1)])
     reports = ReportStore(pool=pool, mapping=packaged())

@@ -291,6 +291,28 @@ def test_a_new_run_that_already_passed_the_last_one_counts_whole() -> None:
     assert moved(items) == [(DAY + HOUR, 900), (DAY + 2 * HOUR, 50)]
 
 
+@pytest.mark.parametrize(
+    ("names", "amounts"),
+    [
+        # what is not told apart goes on, and so does what says more than it
+        (("a/1", "a/1/5", "a/1", ""), (100, 100, 100, 100)),
+        # of two that it may be, it is the one that was read last
+        (("a/1/5", "a/1/6", "a/1", "a/1/5"), (100, 200, 100, 300)),
+        # what says other things is another one, however little was said between
+        (("a/1/5", "a/1", "a/1/6", "a/1"), (100, 100, 300, 100)),
+        (("a/1", "a/2", "a/12", "b/1"), (100, 200, 300, 400)),
+    ],
+)
+def test_a_run_of_which_less_is_said_is_the_one_that_it_goes_on_from(
+    names: tuple[str, ...], amounts: tuple[int, ...]
+) -> None:
+    items = [
+        said(Reading.CUMULATIVE, 100 * (n + 1), DAY + n * HOUR, run=run)
+        for n, run in enumerate(names)
+    ]
+    assert tuple(amount for _, amount in moved(items, born=True)) == amounts
+
+
 def test_a_reading_belongs_to_the_moment_that_its_body_gives() -> None:
     """volume.usage: in order of last_refreshed, whenever the message was sent."""
     items = [

@@ -362,6 +362,35 @@ def test_runs_of_a_counter_stay_in_the_order_of_their_first_readings() -> None:
     assert rows_of(ours)[key] == whole[key]
 
 
+@given(
+    st.lists(st.sampled_from(["", "a/1", "a/1/5", "a/1/6", "b/1"]), min_size=8, max_size=30),
+    st.lists(st.sampled_from(["", "a/1", "a/1/5", "a/1/6", "b/1"]), min_size=1, max_size=4),
+)
+def test_runs_that_are_told_apart_at_times_are_those_of_everything_that_was_said(
+    before: list[str], after: list[str]
+) -> None:
+    def counted(number: int, run: str) -> Said:
+        at = DAY + number * HOUR
+        reading = CounterReading(
+            name="cpu_ns", reading=Reading.CUMULATIVE, value=100 + number, run=run
+        )
+        statement = Statement(edge=Edge.COUNT, at=at, readings=(reading,))
+        return statement, message(5000 + number, at)
+
+    said = days_of_audits(4, 4 * SECOND)
+    said += [counted(number, run) for number, run in enumerate(before, 2)]
+    past = settle(said, RECKON(said))
+    assert past is not None
+    news = [counted(number, run) for number, run in enumerate(after, 90)]
+    ours = since(past, [*said, *news], RECKON(said))
+    assert ours is not None
+    found, whole = (
+        [item for item in ledger.amounts if item.at >= past.rows_from]
+        for ledger in (ours, RECKON([*said, *news]))
+    )
+    assert sorted(found, key=str) == sorted(whole, key=str)
+
+
 def test_a_past_without_an_owner_is_not_settled_for_the_first_owner_pays_for_it() -> None:
     said = days_of_audits(4, 4 * SECOND)
     nobodys = [(item._replace(attributes=item.attributes[:3]), by) for item, by in said]

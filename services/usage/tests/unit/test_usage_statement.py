@@ -694,6 +694,30 @@ def test_a_domain_started_again_under_its_number_is_another_run_though_no_counte
     assert (moved["cpu_time_ns"], moved["disk_write_bytes"]) == (2_000 + 3_000, 4096 + 8192)
 
 
+@pytest.mark.parametrize(
+    "ticks",
+    [
+        (None, 100, 100, 100),
+        (100, None, 100, 100),
+        (100, 100, None, None),
+        (None, None, 100, None),
+    ],
+)
+def test_a_process_that_an_agent_does_not_see_at_times_is_no_other_run(
+    ticks: tuple[int | None, ...],
+) -> None:
+    """Nor does an older agent, which saw none of them: what it counted is not counted again."""
+    start = on(8, "12:00", 5)
+    found = ledger_of_samples(
+        *(
+            sample(start + n * HOUR, "a", 1_000 * (n + 1), 4096 * (n + 1), ticks=seen)
+            for n, seen in enumerate(ticks)
+        )
+    )
+    moved = used(found, "instance", LAUNCHED, start + 5 * HOUR)
+    assert (moved["cpu_time_ns"], moved["disk_write_bytes"]) == (4_000, 4 * 4096)
+
+
 def ledger_of_samples(*samples: Notification) -> Ledger:
     return ledgers(legacy("create.end", LAUNCHED + SECOND), *samples)[INSTANCE]
 
