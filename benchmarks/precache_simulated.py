@@ -26,13 +26,15 @@ with two slots at once, simulated, came to the same ratios as one piece after th
 **What a ratio is made of**: the time that a piece takes to get to all, once. From the first third of a run on, 300
 hosts use 98 to 99.5 % of what `LOST_SHARE` leaves of their uplinks; but at its beginning they have little that others
 lack. 4 % of T* is lost there, half of it in the first four seconds, and is never made good: the seed is no faster than
-they are. Three times as many hosts lose about 1 % more (1.061, 1.071 and 1.081 for 100, 300 and 1,000). Shorter or
-longer queues at the senders (4 or 8 askers) and senders that begin with what they never sent change nothing for the
-better at 300; 10 requests come to 1.067, and single hosts that end late on real links.
+they are. Three times as many hosts lose about 1 % more: 1.061, 1.071, 1.081 and 1.091 for 100, 300, 1,000 and 10,000
+(half of the last ended by 1.082). Shorter or longer queues at the senders (4 or 8 askers) and senders that begin with
+what they never sent change nothing for the better at 300. Fewer requests do, 10 come to 1.075 and 8 to 1.070 for
+1,000; but then single hosts end late on real links (16 of them, 10 requests: 1.10 to 1.12, where 13 are 1.06 to
+1.09), also when who is behind its neighbours asks for 5 or 7 more at once (1.04 at 8 hosts, but 1.07 to 1.13 at 16).
 
 The cost is 6 to 7 events a piece and host, however many hosts. With `--compiled`, which comes to the same figures to
 the last digit: 3 s of CPU for 100 hosts, 12 for 300 and 67 for 1,000 (60 MB), on two cores that ten processes wanted;
-10,000 take 250 MB and about 25 minutes. Without it, 6 to 9 s for 100 and 150 to 180 for 1,000.
+10,000 take 280 MB and 23 minutes. Without it, 6 to 9 s for 100 and 150 to 180 for 1,000.
 
 T* is Kumar and Ross' bound (2006) with the payload rate of one stream, as in the real runs. The effect of a slow host
 is the others' last time with it over that without it.
@@ -484,7 +486,7 @@ def main() -> None:
         type=int,
         choices=LARGE,
         default=1000,
-        help="the largest swarm: 10,000 takes about 25 minutes of CPU if --compiled, and an hour if not",
+        help="the largest swarm: 10,000 takes 23 minutes of CPU if --compiled, and an hour if not",
     )
     parser.add_argument(
         "--compiled",
