@@ -16,7 +16,6 @@ from aiohttp import web
 from hostler_common import client, db, servers
 from hostler_common.testing import RunService, eventually, wait_ready
 from hostler_precache import app, testing
-from hostler_precache.settings import Settings
 
 MIB = 1 << 20
 DATA = testing.image_of(12 * MIB + 99)
@@ -96,16 +95,7 @@ async def test_a_swarm_finishes_without_its_tracker(
     async with (
         testing.http_source() as source,
         testing.gate(port, passes=PIECES // 2) as (seed_url, gate),
-        run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            data_dir=tmp_path / "seed",
-            blob_port=port,
-            seed_url=seed_url,
-            reserve_bytes=0,
-            log_level="WARNING",
-        ) as service,
+        testing.service(run_service, tmp_path, blob_port=port, seed_url=seed_url) as service,
         aiohttp.ClientSession() as session,
     ):
 
@@ -158,16 +148,7 @@ async def test_what_is_asked_for_while_the_broker_is_away_is_announced_when_it_i
     image_id, url = str(uuid.uuid4()), own_rabbitmq.url
     async with (
         testing.http_source() as source,
-        run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            amqp_url=url,
-            data_dir=tmp_path / "seed",
-            blob_port=servers.free_port(),
-            reserve_bytes=0,
-            log_level="WARNING",
-        ) as service,
+        testing.service(run_service, tmp_path, amqp_url=url) as service,
         testing.agent_process(
             "host-1",
             tmp_path / "host-1",
@@ -220,15 +201,8 @@ async def test_an_image_whose_database_is_killed_while_it_comes_reaches_its_host
     image_id = str(uuid.uuid4())
     async with (
         testing.http_source() as source,
-        run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            database_url=own_postgres.url,
-            data_dir=tmp_path / "seed",
-            blob_port=servers.free_port(),
-            reserve_bytes=0,
-            log_level="ERROR",
+        testing.service(
+            run_service, tmp_path, database_url=own_postgres.url, log_level="ERROR"
         ) as service,
         testing.agent_process(
             "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=service.url
@@ -280,15 +254,7 @@ async def test_a_seeds_disk_that_fills_while_an_image_comes_is_said_and_the_next
     image_id = str(uuid.uuid4())
     async with (
         testing.http_source() as source,
-        run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            data_dir=small_disk / "seed",
-            blob_port=servers.free_port(),
-            reserve_bytes=0,
-            log_level="ERROR",
-        ) as service,
+        testing.service(run_service, small_disk, log_level="ERROR") as service,
         testing.agent_process(
             "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=service.url
         ) as agent,
@@ -323,15 +289,7 @@ async def test_a_hosts_disk_that_fills_is_said_and_the_image_is_there_when_there
     image_id = str(uuid.uuid4())
     async with (
         testing.http_source() as source,
-        run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            data_dir=tmp_path / "seed",
-            blob_port=servers.free_port(),
-            reserve_bytes=0,
-            log_level="ERROR",
-        ) as service,
+        testing.service(run_service, tmp_path, log_level="ERROR") as service,
         testing.agent_process(
             "host-1",
             small_disk,

@@ -2,8 +2,9 @@
 
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import pytest
 
 from hostler_common import servers
 from hostler_common.testing import RunningService, RunService, eventually
-from hostler_precache import app, testing
-from hostler_precache.settings import Settings
+from hostler_precache import testing
 
 MIB = 1 << 20
 PIECE = 256 * 1024
@@ -32,19 +32,7 @@ def data() -> bytes:
 def precache(run_service: RunService, tmp_path: Path) -> Precache:
     """`async with precache(**settings) as service`."""
 
-    @asynccontextmanager
-    async def run(**overrides: Any) -> AsyncIterator[RunningService]:
-        values = {
-            "data_dir": tmp_path / "seed",
-            "blob_port": servers.free_port(),
-            "reserve_bytes": 0,
-            "log_level": "WARNING",
-            **overrides,
-        }
-        async with run_service(app.serve, Settings, app.PACKAGE, **values) as service:
-            yield service
-
-    return run
+    return partial(testing.service, run_service, tmp_path)
 
 
 def request(image_id: str, url: str, data: bytes, hosts: list[str]) -> dict[str, Any]:

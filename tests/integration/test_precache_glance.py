@@ -10,10 +10,8 @@ from typing import Any
 
 import aiohttp
 
-from hostler_common import servers
 from hostler_common.testing import RunService, eventually
-from hostler_precache import app, images, testing
-from hostler_precache.settings import Settings
+from hostler_precache import images, testing
 from hostler_precache.sources import listers, plugins
 
 DATA = testing.image_of((3 << 20) + 77, seed=5)
@@ -59,16 +57,7 @@ async def test_a_policy_over_glance_puts_its_images_on_a_host_as_raw_disks(
     shaped = await upload(glance, content, tags=["precache"], disk_format="qcow2")
     await upload(glance, b"other")
     async with (
-        run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            data_dir=tmp_path / "seed",
-            blob_port=servers.free_port(),
-            reserve_bytes=0,
-            glance_url=glance,
-            log_level="WARNING",
-        ) as service,
+        testing.service(run_service, tmp_path, glance_url=glance) as service,
         testing.agent_process(
             "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=service.url
         ) as agent,
@@ -103,15 +92,8 @@ async def test_bytes_that_are_not_what_glance_says_are_refused(
         # bit rot in the store, which Glance does not notice
         file.seek(1 << 20)
         file.write(b"rot")
-    async with run_service(
-        app.serve,
-        Settings,
-        app.PACKAGE,
-        data_dir=tmp_path / "seed",
-        blob_port=servers.free_port(),
-        reserve_bytes=0,
-        glance_url=glance,
-        log_level="ERROR",
+    async with testing.service(
+        run_service, tmp_path, glance_url=glance, log_level="ERROR"
     ) as service:
         policy = {"name": "damaged", "lister": "glance", "options": {"tags": ["damaged"]}}
         await service.api.post("/v1/policies", policy)
@@ -137,16 +119,8 @@ async def test_what_glance_says_runs_its_policies_at_once_and_lets_a_deleted_ima
     directory.mkdir()
     async with (
         run_peer("glance", directory, "--amqp-url", amqp_url) as glance,
-        run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            data_dir=tmp_path / "seed",
-            blob_port=servers.free_port(),
-            reserve_bytes=0,
-            glance_url=glance,
-            glance_amqp_url=amqp_url,
-            log_level="WARNING",
+        testing.service(
+            run_service, tmp_path, glance_url=glance, glance_amqp_url=amqp_url
         ) as service,
     ):
         policy = {

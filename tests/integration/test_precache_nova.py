@@ -20,11 +20,11 @@ import pytest
 
 from hostler_common import servers
 from hostler_common.testing import RunService, eventually
-from hostler_precache import app, messages, testing
+from hostler_precache import messages, testing
 from hostler_precache.placing import nova_lock, placement, placers
 from hostler_precache.placing.placement import Outcome, Wanted
 from hostler_precache.placing.shelf import Shelf
-from hostler_precache.settings import AgentSettings, Settings
+from hostler_precache.settings import AgentSettings
 from hostler_precache.transfer.manifest import BlobId, ImageId
 from hostler_precache.transfer.pieces import PieceStore
 
@@ -407,15 +407,7 @@ async def test_nova_stands_on_what_an_agent_fetched_and_hears_where_it_could_not
     wanted = image()
     async with (
         testing.http_source() as source,
-        run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            data_dir=tmp_path / "seed",
-            blob_port=servers.free_port(),
-            reserve_bytes=0,
-            log_level="WARNING",
-        ) as service,
+        testing.service(run_service, tmp_path) as service,
         contextlib.AsyncExitStack() as stack,
     ):
         for host, conf, base in (

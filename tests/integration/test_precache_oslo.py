@@ -13,10 +13,8 @@ from typing import Any
 import aio_pika
 import pytest
 
-from hostler_common import servers
 from hostler_common.testing import RunningService, RunService, eventually
-from hostler_precache import app, envelope, testing
-from hostler_precache.settings import Settings
+from hostler_precache import envelope, testing
 
 RPC_SERVER = Path(__file__).parent / "peers" / "rpc_server.py"
 DATA = testing.image_of(1 << 20)
@@ -66,16 +64,7 @@ def precache(run_service: RunService, tmp_path: Path) -> Precache:
     """`async with precache() as service`."""
 
     def run() -> AbstractAsyncContextManager[RunningService]:
-        return run_service(
-            app.serve,
-            Settings,
-            app.PACKAGE,
-            data_dir=tmp_path / "seed",
-            blob_port=servers.free_port(),
-            reserve_bytes=0,
-            log_level="WARNING",
-            public_url="http://precache.example:8301",
-        )
+        return testing.service(run_service, tmp_path, public_url="http://precache.example:8301")
 
     return run
 

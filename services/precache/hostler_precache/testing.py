@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +20,10 @@ import aiohttp
 from aiohttp import web
 
 from hostler_common import servers, testing
+from hostler_precache import app
 from hostler_precache.placing.placement import Wanted
 from hostler_precache.placing.shelf import Shelf
+from hostler_precache.settings import Settings
 from hostler_precache.transfer import manifest
 from hostler_precache.transfer.manifest import Manifest
 from hostler_precache.transfer.pieces import PieceStore
@@ -171,6 +173,20 @@ class Gate:
             wanted = ("Content-Range", "Retry-After", "ETag")
             kept = {name: answer.headers[name] for name in wanted if name in answer.headers}
             return web.Response(status=answer.status, headers=kept, body=await answer.read())
+
+
+def service(
+    run_service: testing.RunService, directory: Path, **settings: object
+) -> AbstractAsyncContextManager[testing.RunningService]:
+    """The service with its seed in the directory, as an asynchronous context; `settings` besides the usual ones."""
+    values = {
+        "data_dir": directory / "seed",
+        "blob_port": servers.free_port(),
+        "reserve_bytes": 0,
+        "log_level": "WARNING",
+        **settings,
+    }
+    return run_service(app.serve, Settings, app.PACKAGE, **values)
 
 
 @asynccontextmanager

@@ -5,7 +5,8 @@ import hashlib
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,7 @@ import pytest_asyncio
 
 from hostler_common import agent as agent_process
 from hostler_common import client, db, servers, settings, testing
-from hostler_precache import app, protocol
+from hostler_precache import protocol
 from hostler_precache import testing as precache_testing
 from hostler_precache.distribution.distribution_store import DistributionStore
 from hostler_precache.distribution.distributions import DistributionId, Policy, PolicyId
@@ -24,7 +25,6 @@ from hostler_precache.distribution.policy_store import PolicyStore
 from hostler_precache.distribution.rollout import Rollout, Targets
 from hostler_precache.images import Image
 from hostler_precache.jobs import Pipeline
-from hostler_precache.settings import Settings
 from hostler_precache.store import Store
 from hostler_precache.swarming.swarm_store import SwarmStore
 from hostler_precache.swarming.tracker import Tracker
@@ -73,20 +73,7 @@ StartAgent = Callable[..., Awaitable[Path]]
 def precache(run_service: testing.RunService, tmp_path: Path) -> ServicePrecache:
     """`async with precache(**settings) as service`: the service on real servers."""
 
-    @asynccontextmanager
-    async def run(**overrides: Any) -> AsyncIterator[testing.RunningService]:
-        values = {
-            "data_dir": tmp_path / "seed",
-            "blob_port": servers.free_port(),
-            "seed_id": "seed-1",
-            "log_level": "WARNING",
-            "reserve_bytes": 0,
-            **overrides,
-        }
-        async with run_service(app.serve, Settings, "hostler_precache", **values) as service:
-            yield service
-
-    return run
+    return partial(precache_testing.service, run_service, tmp_path, seed_id="seed-1")
 
 
 @pytest_asyncio.fixture
