@@ -5,6 +5,9 @@ host's end caps what it sends, on the switch's port what it receives. With racks
 uplink to the core is capped in the same way. This process stays where it is and reaches the hosts through an
 interface without a cap: it is the control host. Needs root, `ip` and `tc`.
 
+Hosts send with CUBIC, as distributions ship Linux, whatever this machine is set up to: a process that wants another
+congestion control has to choose it.
+
 Every name begins with `hb-<pid>-`, so that what a run left behind that was killed is known, and is removed by the
 next. Processes on hosts are killed by the kernel when this process ends.
 """
@@ -12,6 +15,7 @@ next. Processes on hosts are killed by the kernel when this process ends.
 import asyncio
 import contextlib
 import fcntl
+import ipaddress
 import os
 import shutil
 import signal
@@ -32,6 +36,7 @@ CONTROL, SWITCH = "control", "switch"
 """What a process may run on beside a host."""
 KILL_SECONDS = 10.0
 LATENCY_MILLISECONDS = 40
+CONGESTION_CONTROL = "cubic"
 SMALLEST_BURST_BYTES = 70_000  # less, and tbf has to cut what the kernel offloads
 _STREAM = Path(__file__).with_name("network_stream.py")
 _NETWORK = "198.18"  # RFC 2544: for benchmarks of networks, never routed
@@ -297,6 +302,7 @@ def _uplink(bridge: str) -> list[str]:
 
 
 def _plug(switch: str, host: Host, *, bridge: str) -> None:
+    subnet = f"{host.address}/24"
     _run("ip", "netns", "add", host.namespace)
     _batch(
         switch,
@@ -306,8 +312,10 @@ def _plug(switch: str, host: Host, *, bridge: str) -> None:
     _batch(
         host.namespace,
         "link set lo up",
-        f"addr add {host.address}/24 brd + dev eth0",
+        f"addr add {subnet} brd + dev eth0",
         "link set eth0 up",
+        f"route change {ipaddress.ip_interface(subnet).network} dev eth0 proto kernel scope link"
+        f" src {host.address} congctl {CONGESTION_CONTROL}",
         "route add 224.0.0.0/4 dev eth0",
     )
     _run("tc", "-n", host.namespace, *_tbf("add", "eth0", host.rate_bps))

@@ -61,14 +61,14 @@ import bench
 from hostler_precache.swarming import graph, receiving, swarm
 from hostler_precache.swarming.graph import Graph
 from hostler_precache.swarming.receiving import Receiver, Request, Source
-from hostler_precache.swarming.swarm import REQUESTS, UPLOAD_QUEUE, News, SeedPolicy
+from hostler_precache.swarming.swarm import REQUESTS, UPLOAD_QUEUE, News, Picker, SeedPolicy
 
 LARGE: Final = (100, 1000, 10_000)
 PIECES: Final = 1024
 PIECE_BYTES: Final = 256 * 1024
 SEED_QUEUE: Final = 64
 # what they come from: see above
-LOST_SHARE: Final = 0.02
+LOST_SHARE: Final = 0.008
 START_SECONDS: Final = 0.25
 ASK_SECONDS: Final = 0.03
 TELL_SECONDS: Final = 0.05
@@ -270,12 +270,12 @@ class Simulation:
         host.is_hungry = receiver.is_hungry
         if host.is_hungry:
             # the next news that changes anything, or whoever may be asked again
-            missing = receiver.picker.missing
+            lacking = _lacking(receiver.picker)
             wakes_at = now + receiver.rest_seconds(now)
             for at, _, news in inbox:
                 if at >= wakes_at:
                     break
-                if news.have & missing:
+                if news.have & lacking:
                     wakes_at = at
                     break
             self._wake_at(host, wakes_at)
@@ -411,7 +411,7 @@ class Simulation:
         at, have = now + TELL_SECONDS, news.have
         for other, source in host.inboxes:
             other.inbox.append((at, source, news))
-            if other.is_hungry and at < other.wakes_at and have & other.receiver.picker.missing:
+            if other.is_hungry and at < other.wakes_at and have & _lacking(other.receiver.picker):
                 self._wake_at(other, at)
 
     def _injected(self, now: float, host: Host, request: Request) -> None:
@@ -436,6 +436,11 @@ class Simulation:
         for other, source in host.inboxes:
             other.inbox = deque(news for news in other.inbox if news[1] is not source)
             other.receiver.silent(source)
+
+
+def _lacking(picker: Picker) -> int:
+    """What to hear of is worth a look: when all that it lacks is on its way, who else has that."""
+    return picker.missing or ~picker.have
 
 
 Action = Callable[[float, Host, Any], None]

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,15 @@ async def main():
             await asyncio.sleep(1000)
 
 asyncio.run(main())
+"""
+
+SAY_CONTROL = """
+import socket
+import sys
+
+with socket.create_connection(sys.argv[1:]) as connection:
+    name = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    print(name.rstrip(bytes(1)).decode())
 """
 
 
@@ -106,6 +116,20 @@ async def test_the_bytes_that_enter_a_rack_are_counted_at_its_uplink() -> None:
     assert across <= 30 * MBIT
     assert between["r2"].since(before["r2"]).received_bytes < 10_000
     assert crossed > across / 8 * 0.5
+
+
+async def test_hosts_send_with_cubic_whatever_this_machine_is_set_up_to() -> None:
+    with (
+        network_rig.network(network_rig.Plan(hosts={"h1": MBIT})) as rig,
+        socket.create_server((rig.control_address, 0)) as server,
+    ):
+        host, port = server.getsockname()
+        connecting = await asyncio.create_subprocess_exec(
+            *rig.command("h1", sys.executable, "-c", SAY_CONTROL, host, str(port)),
+            stdout=subprocess.PIPE,
+        )
+        told, _ = await connecting.communicate()
+    assert told.decode().strip() == "cubic"
 
 
 async def test_what_a_killed_run_left_is_removed_by_the_next() -> None:

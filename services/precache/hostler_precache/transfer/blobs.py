@@ -28,7 +28,7 @@ from aiohttp import HttpVersion11, hdrs, web
 from hostler_common import admission, errors, logs
 from hostler_precache.swarming import tokens, uploads
 from hostler_precache.swarming.swarm import SeedPolicy
-from hostler_precache.transfer import piece_maps
+from hostler_precache.transfer import congestion, piece_maps
 from hostler_precache.transfer.manifest import MAX_PIECE_BYTES, BlobId, PieceList, Span
 from hostler_precache.transfer.piece_maps import Watcher
 
@@ -393,6 +393,7 @@ class BlobServer:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the asker went away")
+        congestion.settle(transport.get_extra_info("socket"))
         loop = asyncio.get_running_loop()
         count = 0
         with blob.opened() as file:

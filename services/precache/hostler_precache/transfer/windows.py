@@ -9,30 +9,26 @@ what the link carries in `QUEUE_SECONDS`. A peer that is far gets more, what it 
 """
 
 import socket
-import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
+
+from hostler_precache.transfer import round_trips
 
 # half a queue of 40 ms: 14 to 28 were tried with 16 hosts; with less a link runs dry, with more bytes are lost
 QUEUE_SECONDS: Final = 0.020
 # of which one connection has no more than this: its sender's link has a queue, too, and others' answers wait there
 ONE_SECONDS: Final = 0.012
-# a shorter round trip may be nothing but queues: a busy link has them while connections are made
-FAR_SECONDS: Final = 0.025
 # as many packets as make a sender notice a loss by those that come after it
 LEAST_BYTES: Final = 24 * 1024
 # less of a change is none
 NEARLY: Final = 0.9
-# tcpi_min_rtt in microseconds: its place in struct tcp_info (linux/tcp.h)
-_MIN_RTT: Final = struct.Struct("=148xI")
-_UNKNOWN: Final = 0xFFFFFFFF
 _LARGEST = Path("/proc/sys/net/core/rmem_max")
 
 
 def window_bytes(link_bytes_per_second: int, round_trip_seconds: float, *, receiving: int) -> int:
     """The window for one of so many connections of a link, to somebody who is so far away."""
-    is_far = round_trip_seconds >= FAR_SECONDS
+    is_far = round_trip_seconds >= round_trips.FAR_SECONDS
     near_seconds = min(ONE_SECONDS, QUEUE_SECONDS / max(1, receiving))
     seconds = round_trip_seconds if is_far else near_seconds
     return max(LEAST_BYTES, int(link_bytes_per_second * seconds))
@@ -84,7 +80,7 @@ class Window:
 
     def fit(self) -> None:
         """It is as large as it has to be, by the shortest round trip so far: handshakes are slow on a busy link."""
-        self._round_trip_seconds = _round_trip_seconds(self._socket)
+        self._round_trip_seconds = round_trips.shortest_seconds(self._socket)
         self.resize()
 
     def resize(self) -> None:
@@ -102,16 +98,6 @@ class Window:
         # the kernel takes twice as much memory for it, for what is not payload
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)
         self.bytes = wanted
-
-
-def _round_trip_seconds(connection: socket.socket) -> float | None:
-    """The shortest so far; None while that is not known."""
-    try:
-        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.size)
-        (microseconds,) = _MIN_RTT.unpack(told)
-    except (OSError, struct.error):
-        return None
-    return None if microseconds in (0, _UNKNOWN) else float(microseconds) / 1e6
 
 
 @lru_cache

@@ -19,7 +19,7 @@ from aiohttp import web
 from hostler_common import servers, testing
 from hostler_precache.swarming import swarm, tokens
 from hostler_precache.testing import image_of
-from hostler_precache.transfer import blobs, manifest
+from hostler_precache.transfer import blobs, congestion, manifest
 from hostler_precache.transfer.blobs import Blob, BlobServer
 from hostler_precache.transfer.manifest import BlobId
 
@@ -153,6 +153,17 @@ async def test_a_range_is_exactly_those_bytes_and_is_counted(
         return dict(blob.sent_bytes) == {DISTRIBUTION: stop - start}
 
     await testing.eventually(counted)
+
+
+async def test_a_piece_leaves_with_the_congestion_control_of_near_peers(serve: Serve) -> None:
+    client, _ = await serve()
+    await client.range(f"0-{PIECE - 1}")
+    port = client.url.rpartition(":")[2]
+    seen = await asyncio.create_subprocess_exec(
+        "ss", "-tinH", "state", "established", f"sport = :{port}", stdout=asyncio.subprocess.PIPE
+    )
+    told, _ = await seen.communicate()
+    assert congestion.NEAR in told.split()
 
 
 async def test_without_a_range_all_of_it_comes_and_head_sends_nothing(serve: Serve) -> None:

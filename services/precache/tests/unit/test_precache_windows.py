@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostler_precache.transfer import windows
+from hostler_precache.transfer import round_trips, windows
 
 MBIT = 125_000  # bytes per second
 
@@ -120,7 +120,7 @@ def test_a_window_shrinks_when_the_peer_shows_that_it_is_near(
 ) -> None:
     near, _ = pair
     trips = iter([0.060, 0.030, 0.0001])
-    monkeypatch.setattr(windows, "_round_trip_seconds", lambda _: next(trips))
+    monkeypatch.setattr(round_trips, "shortest_seconds", lambda _: next(trips))
     window = windows.Windows(100 * MBIT).open(near)
     seen = [window.bytes]
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_the_round_trip_of_a_connection_is_known(
     far.recv(1)
     far.sendall(b"x")
     near.recv(1)
-    found = windows._round_trip_seconds(near)
+    found = round_trips.shortest_seconds(near)
     assert found is not None
     assert 0.0 < found < 5.0
 
@@ -147,6 +147,6 @@ def test_a_peer_of_whom_it_is_not_known_how_far_it_is_keeps_the_kernels_own_wind
 ) -> None:
     near, _ = pair
     before = near.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-    monkeypatch.setattr(windows, "_round_trip_seconds", lambda _: None)
+    monkeypatch.setattr(round_trips, "shortest_seconds", lambda _: None)
     assert windows.Windows(50 * MBIT).open(near).bytes is None
     assert near.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before
