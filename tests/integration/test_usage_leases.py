@@ -1,9 +1,13 @@
 """Bare metal: what baremetal leases, usage bills, each a service of its own."""
 
 import asyncio
+import random
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from hostler_baremetal import app as baremetal
 from hostler_baremetal import credentials
@@ -14,14 +18,16 @@ from hostler_common.testing import RunService, eventually
 from hostler_usage import app as usage
 from hostler_usage.settings import Settings as UsageSettings
 
-HELD_SECONDS = 3.0
-INEXACT = timedelta(seconds=2)
-"""AMQP cuts the moment of an event to its second, and the event is made a little after the lease."""
+HELD_SECONDS = (0.3, 1.0)
+LEASES = 8
+OWNERS = ("p1", "p2", "p3")
 
 
-async def test_a_node_is_billed_to_who_leased_it_and_to_who_took_it_as_that_lease_ran_out(
-    run_service: RunService, tmp_path: Path
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_every_lease_of_a_course_is_billed_exactly_to_who_had_the_node(
+    run_service: RunService, tmp_path: Path, seed: int
 ) -> None:
+    """Leases of less than a second, each taken as soon as the one before is over, or a little later."""
     keys = tmp_path / "keys"
     keys.write_text(credentials.new_key_line("k1") + "\n")
     bmc = SimulatedBmc()
@@ -39,12 +45,14 @@ async def test_a_node_is_billed_to_who_leased_it_and_to_who_took_it_as_that_leas
                 log_level="WARNING",
             ) as metal,
         ):
-            await _is_billed(metal.api, metering.api, bmc.port)
+            await _is_billed(metal.api, metering.api, bmc.port, random.Random(seed))
     finally:
         bmc.stop()
 
 
-async def _is_billed(metal: client.Api, metering: client.Api, bmc_port: int) -> None:
+async def _is_billed(
+    metal: client.Api, metering: client.Api, bmc_port: int, chance: random.Random
+) -> None:
     node = await metal.post(
         "/v1/nodes",
         {
@@ -66,42 +74,49 @@ async def _is_billed(metal: client.Api, metering: client.Api, bmc_port: int) -> 
         except errors.Conflict:
             return None  # it is somebody's
 
-    first = await taken("p1", HELD_SECONDS)
-    second = await eventually(lambda: taken("p2", 600))  # told of with the end of the first
-    await asyncio.sleep(HELD_SECONDS)
-    asked_at = datetime.now(UTC)
-    await metal.call("DELETE", path, params={"fencing_token": second["fencing_token"]})
-    released_at = datetime.now(UTC)
-    least = {
-        "p1": _held(first, datetime.fromisoformat(first["expires_at"])),
-        "p2": _held(second, asked_at),
-    }
-    most = {"p1": least["p1"], "p2": _held(second, released_at)}
+    leases: list[tuple[Any, str, datetime, datetime]] = []  # each with bounds of its end
+    for number in range(LEASES):
+        owner = OWNERS[number % len(OWNERS)]
+        held_seconds = chance.uniform(*HELD_SECONDS)
+        expires = chance.random() < 0.5
+        ttl_seconds = held_seconds if expires else 600
+        lease = await eventually(partial(taken, owner, ttl_seconds), every_seconds=0.01)
+        if expires:
+            expires_at = datetime.fromisoformat(lease["expires_at"])
+            leases.append((lease, owner, expires_at, expires_at))
+        else:
+            await asyncio.sleep(held_seconds)
+            asked_at = datetime.now(UTC)
+            await metal.call("DELETE", path, params={"fencing_token": lease["fencing_token"]})
+            leases.append((lease, owner, asked_at, datetime.now(UTC)))
+        await asyncio.sleep(chance.choice((0, chance.uniform(0, 0.5))))
 
-    async def usage_of_nodes() -> Any:
-        return await metering.get(
-            "/v1/usage",
-            start=(released_at - timedelta(days=1)).isoformat(),
-            end=(released_at + timedelta(days=1)).isoformat(),
-            group_by="project",
-            resource_type="node",
-        )
+    async def history() -> Any:
+        try:
+            found = await metering.get(f"/v1/resources/node/{node['id']}/intervals")
+        except errors.NotFound:
+            return None  # nobody has told of the node
+        told = found["intervals"]
+        return told if len(told) == LEASES and told[-1]["end"] is not None else None
 
-    async def is_over() -> bool:
-        if not (await usage_of_nodes())["usage"]:
-            return False  # nobody has told of the node
-        history = await metering.get(f"/v1/resources/node/{node['id']}/intervals")
-        return len(history["intervals"]) > 1 and history["intervals"][-1]["end"] is not None
-
-    await eventually(is_over)
+    billed = await eventually(history)
+    total = dict.fromkeys(OWNERS, timedelta())
+    for interval, (lease, owner, earliest, latest) in zip(billed, leases, strict=True):
+        start, end = (datetime.fromisoformat(interval[edge]) for edge in ("start", "end"))
+        assert interval["attributes"]["project"] == owner
+        assert start == datetime.fromisoformat(lease["taken_at"])
+        assert earliest <= end <= latest
+        total[owner] += end - start
+    day = timedelta(days=1)
+    usage_of_nodes = await metering.get(
+        "/v1/usage",
+        start=(leases[0][2] - day).isoformat(),
+        end=(leases[-1][3] + day).isoformat(),
+        group_by="project",
+        resource_type="node",
+    )
     ours = {
         row["group"]["project"]: timedelta(microseconds=row["unit_microseconds"]["node_hours"])
-        for row in (await usage_of_nodes())["usage"]
+        for row in usage_of_nodes["usage"]
     }
-    assert ours.keys() == most.keys()
-    for owner, held in ours.items():
-        assert least[owner] - INEXACT <= held <= most[owner] + INEXACT
-
-
-def _held(lease: Any, until: datetime) -> timedelta:
-    return until - datetime.fromisoformat(lease["taken_at"])
+    assert ours == total

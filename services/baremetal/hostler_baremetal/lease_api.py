@@ -100,9 +100,11 @@ async def end_lease(
         lease = _lease_of(node)
         if not force and lease.fencing_token != fencing_token:
             raise errors.Fenced(f"token {fencing_token} is not the one of {node.name}'s lease")
-        await store.end_lease(connection, node)
+        ended_at = await store.end_lease(connection, node)
         event = messages.LEASE_RELEASED
-        told = leases.message(event, node_id=node.id, name=node.name, lease=lease)
+        told = leases.message(
+            event, node_id=node.id, name=node.name, lease=lease, ended_at=ended_at
+        )
         await outbox.add(connection, [told])
 
 

@@ -109,14 +109,20 @@ class NodeLatched(Event):
 
 
 class LeaseChanged(Event):
-    """A lease was taken, renewed, released, broken, or ran out."""
+    """A lease was taken, released, broken, or ran out.
+
+    Moments are the database's, to the microsecond: AMQP cuts an event's own to its second. `ended_at` is when the
+    lease was over, absent while it holds.
+    """
 
     node_uuid: UUID
     name: str
     owner: str
     purpose: str
     fencing_token: int
+    taken_at: datetime
     expires_at: datetime
+    ended_at: datetime | None = None
 
 
 class OperationFinished(Event):

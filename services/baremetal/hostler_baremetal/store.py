@@ -231,16 +231,19 @@ async def take_lease(
 ) -> Lease:
     """Gives a node, read for update and free, to an owner, under a token higher than any before.
 
+    It is taken now, and not when the transaction began: that may be before the end of the lease it waited for.
+
     Raises NodeBusy: an operation of somebody else's is under way.
     """
     if await _is_busy(connection, node.id):
         raise errors.NodeBusy(f"an operation is under way on {node.name}: try again after it")
     row = await connection.fetchrow(
         """
-        INSERT INTO lease (node_id, owner, purpose, fencing_token, expires_at)
-        VALUES ($1, $2, $3, nextval('fencing_token'), now() + make_interval(secs => $4))
+        WITH moment AS MATERIALIZED (SELECT clock_timestamp() AS at)
+        INSERT INTO lease (node_id, owner, purpose, fencing_token, taken_at, expires_at)
+        SELECT $1, $2, $3, nextval('fencing_token'), at, at + make_interval(secs => $4) FROM moment
         ON CONFLICT (node_id) DO UPDATE
-           SET owner = excluded.owner, purpose = excluded.purpose, taken_at = now(),
+           SET owner = excluded.owner, purpose = excluded.purpose, taken_at = excluded.taken_at,
                fencing_token = excluded.fencing_token, expires_at = excluded.expires_at
         RETURNING *
         """,
@@ -270,10 +273,19 @@ async def renew_lease(connection: db.Connection, node: Node, *, ttl_seconds: flo
     return _lease_of(row)
 
 
-async def end_lease(connection: db.Connection, node: Node) -> None:
-    """Ends the lease of a node read for update, whoever has it."""
-    await connection.execute("DELETE FROM lease WHERE node_id = $1", node.id)
+async def end_lease(connection: db.Connection, node: Node) -> datetime:
+    """Ends the lease of a node read for update, whoever has it, and returns when it was over.
+
+    Raises LeaseNotFound: it has run out since the node was read, which is told of already.
+    """
+    ended_at: datetime | None = await connection.fetchval(
+        "DELETE FROM lease WHERE node_id = $1 RETURNING least(clock_timestamp(), expires_at)",
+        node.id,
+    )
+    if ended_at is None:
+        raise errors.LeaseNotFound(f"{node.name} is not leased")
     await _inventory_changed(connection)
+    return ended_at
 
 
 async def sweep_leases(
@@ -281,8 +293,11 @@ async def sweep_leases(
 ) -> list[tuple[NodeId, str, Lease]]:
     """Removes the leases that have run out, of one node or of all, and returns them with its name.
 
-    Those that another transaction is at work on are left to it.
+    Those that another transaction is at work on are left to it; that of the one node is waited for.
     """
+    if node_id is not None:
+        # were it left to a transaction that fails then, whoever takes the node would overwrite it, and its end be lost
+        await connection.execute("SELECT FROM lease WHERE node_id = $1 FOR UPDATE", node_id)
     rows = await connection.fetch(
         """
         DELETE FROM lease USING node

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import datetime
 import json
 import uuid
 from collections.abc import Callable
@@ -340,7 +341,15 @@ class TestSync:
             await events.one("baremetal.lease.released", fencing_token=second["fencing_token"])
             taken = {event["fencing_token"] for event in events.of("baremetal.lease.taken")}
             assert taken == {first["fencing_token"], second["fencing_token"]}
-            assert len(events.of("baremetal.lease.expired")) == 1
+            (expired,) = events.of("baremetal.lease.expired")
+            assert expired["taken_at"] == first["taken_at"]
+            assert expired["ended_at"] == expired["expires_at"] == first["expires_at"]
+            (released,) = events.of("baremetal.lease.released")
+            assert released["taken_at"] == second["taken_at"]
+            moments = [expired["ended_at"]]
+            moments += [released[name] for name in ("taken_at", "ended_at", "expires_at")]
+            assert sorted(moments, key=datetime.datetime.fromisoformat) == moments
+            assert not any("ended_at" in event for event in events.of("baremetal.lease.taken"))
 
     async def test_changed_credentials_are_used_by_the_next_command(
         self, run_baremetal: Run, fleet_of: FleetOf, bmc: Any

@@ -1,5 +1,6 @@
 """What only the database can promise."""
 
+import asyncio
 import datetime
 import uuid
 from collections.abc import AsyncIterator
@@ -7,10 +8,11 @@ from collections.abc import AsyncIterator
 import pytest
 
 from hostler_baremetal import errors, operation_store, store
-from hostler_baremetal.node import Access, Hardware, Node, Operation
+from hostler_baremetal.node import Access, Hardware, Lease, Node, Operation
 from hostler_baremetal.operation_store import Superseded
 from hostler_baremetal.power import OperationState, PowerState
 from hostler_common import db
+from hostler_common.testing import eventually
 
 US, THEM = uuid.uuid4(), uuid.uuid4()
 
@@ -186,3 +188,84 @@ async def test_the_inventory_is_due_after_a_change_and_not_before_the_next(pool:
         node = await store.get_node(connection, node.id, for_update=True)
         await store.take_lease(connection, node, owner="o", purpose="p", ttl_seconds=0.01)
     assert await due() is not None
+
+
+async def take(pool: db.Pool, node: Node, *, ttl_seconds: float = 60) -> Lease:
+    async with db.transaction(pool) as connection:
+        node = await store.get_node(connection, node.id, for_update=True)
+        return await store.take_lease(
+            connection, node, owner="o", purpose="p", ttl_seconds=ttl_seconds
+        )
+
+
+async def test_who_waited_for_the_end_of_a_lease_has_the_node_since_that_end(
+    pool: db.Pool,
+) -> None:
+    """Its transaction began before, so that the moment of that is the one of no lease."""
+    node = await enrol(pool)
+    first = await take(pool, node)
+    async with db.transaction(pool) as connection:
+        await connection.fetchval("SELECT now()")  # it has begun
+        async with db.transaction(pool) as other:
+            held = await store.get_node(other, node.id, for_update=True)
+            ended_at = await store.end_lease(other, held)
+        free = await store.get_node(connection, node.id, for_update=True)
+        second = await store.take_lease(connection, free, owner="p", purpose="p", ttl_seconds=60)
+    assert first.taken_at < ended_at < second.taken_at
+    assert second.expires_at - second.taken_at == datetime.timedelta(seconds=60)
+
+
+async def test_a_lease_that_ran_out_and_was_swept_up_is_not_ended_once_more(pool: db.Pool) -> None:
+    node = await enrol(pool)
+    lease = await take(pool, node, ttl_seconds=0.2)
+    async with db.transaction(pool) as connection:
+        held = await store.get_node(connection, node.id, for_update=True)
+        assert held.lease == lease
+        await asyncio.sleep(0.3)
+        async with db.transaction(pool) as sweeper:
+            ((_, _, swept),) = await store.sweep_leases(sweeper)
+        assert swept == lease
+        with pytest.raises(errors.LeaseNotFound):
+            await store.end_lease(connection, held)
+
+
+async def test_a_lease_that_ran_out_is_told_of_by_who_comes_next_if_its_sweep_fails(
+    pool: db.Pool,
+) -> None:
+    node = await enrol(pool)
+    lease = await take(pool, node, ttl_seconds=0.01)
+
+    async def end() -> list[Lease]:
+        async with db.transaction(pool) as connection:
+            return [it for _, _, it in await store.sweep_leases(connection, node_id=node.id)]
+
+    async def one_waits() -> bool:
+        async with db.connection(pool) as connection:
+            return bool(
+                await connection.fetchval(
+                    "SELECT EXISTS (SELECT FROM pg_stat_activity"
+                    " WHERE wait_event_type = 'Lock' AND datname = current_database())"
+                )
+            )
+
+    await asyncio.sleep(0.02)
+    async with asyncio.TaskGroup() as group:
+        async with db.connection(pool) as sweeper:
+            sweep = sweeper.transaction()
+            await sweep.start()
+            assert len(await store.sweep_leases(sweeper)) == 1
+            ended = group.create_task(end())
+            await eventually(one_waits)
+            await sweep.rollback()
+        assert await ended == [lease]
+
+
+async def test_a_lease_that_is_given_back_after_it_ran_out_was_over_when_it_ran_out(
+    pool: db.Pool,
+) -> None:
+    node = await enrol(pool)
+    lease = await take(pool, node, ttl_seconds=0.2)
+    async with db.transaction(pool) as connection:
+        held = await store.get_node(connection, node.id, for_update=True)
+        await asyncio.sleep(0.3)
+        assert await store.end_lease(connection, held) == lease.expires_at

@@ -12,7 +12,8 @@ In a *plain* life (volumes, images, addresses) a body is a full snapshot at the 
 and says of the birth only that it happened. Of a volume whose launch it never wrote down, Cinder
 says that it was launched now. That is no birth in the states of what is not there yet or never came
 to be (`Resource.now_is_unborn`); in another one (an operator has reset it) the volume serves, and
-lives since the first word of it at the latest.
+lives since the first word of it at the latest. Where moments are exact (`Resource.is_exact`), none of
+them is settled with another, and a body of the end speaks of the end's moment, not of its event's.
 `cinder-volume-usage-audit --send_actions` sends the create and delete events of its period again:
 new message ids, the audit run's timestamp, today's size. They are told by an audit period of no
 length (cinder/cmd/volume_usage_audit.py), whose moment is the true one, and count as evidence only.
@@ -184,7 +185,7 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
             t_eff=born_at or evidence.event_time,
             rank=Rank.CREATE,
             opens=True,
-            is_rounded=born_at is not None,
+            is_rounded=born_at is not None and not resource.is_exact,
             attributes=statement.attributes,
             evidence=evidence,
         )
@@ -198,26 +199,29 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
             t_eff=born_at,
             rank=Rank.EVIDENCE,
             opens=True,
-            is_rounded=True,
+            is_rounded=not resource.is_exact,
             evidence=evidence,
         )
     is_gone = edge is Edge.END or (edge is Edge.AUDIT and state in resource.gone)
+    shown_at = evidence.event_time
     if is_gone:
         ended_at = (resent_moment if is_resent else None) or statement.ended_at
         yield Observation(
             kind=Kind.END,
             t_eff=ended_at or evidence.event_time,
             rank=Rank.EVIDENCE if is_resent or edge is Edge.AUDIT else Rank.DELETE,
-            is_rounded=ended_at is not None,
+            is_rounded=ended_at is not None and not resource.is_exact,
             evidence=evidence,
         )
+        if resource.is_exact and ended_at is not None:
+            shown_at = ended_at  # the event may be of the next life's time
         if is_now:
             return  # it may be that it never was
     if state in resource.unborn:
         return
     yield Observation(
         kind=Kind.STATE,
-        t_eff=evidence.event_time,
+        t_eff=shown_at,
         rank=Rank.ACTION if edge is Edge.CHANGE else Rank.EVIDENCE,
         # of what has no field for its birth, this may be the first word that it is there at all
         opens=(born_at is None or (is_now and is_there))

@@ -247,6 +247,7 @@ class Resource:
     `now_is_unborn`: states of what has not come to life, where a body names its own sending as the
     birth; in another state such a body says only that it is there.
     `ids_return`: after an end the same id may be given to another one, whose life is another.
+    `is_exact`: moments that bodies name are of one clock and not cut, so that none is another spelling of the next.
     """
 
     name: str
@@ -257,6 +258,7 @@ class Resource:
     unborn: frozenset[str]
     now_is_unborn: frozenset[str]
     ids_return: bool
+    is_exact: bool
     gone: frozenset[str]
     between_segments: frozenset[str]
     audit: Audit

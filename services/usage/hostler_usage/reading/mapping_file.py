@@ -171,6 +171,7 @@ class _Resource(_Model):
     unborn: list[str] = []
     now_is_unborn: list[str] = []
     ids_return: bool = False
+    exact: bool = False
     gone: list[str] = []
     between_segments: list[str] = []
     audit: _Audit = _Audit()
@@ -405,6 +406,7 @@ def _resource(name: str, given: _Resource) -> mapping.Resource:
         unborn=frozenset(given.unborn),
         now_is_unborn=frozenset(given.now_is_unborn),
         ids_return=given.ids_return,
+        is_exact=given.exact,
         gone=frozenset(given.gone),
         between_segments=frozenset(given.between_segments),
         audit=mapping.Audit(
@@ -445,6 +447,8 @@ def _contradictions(made: Mapping) -> list[str]:
         if name.endswith("*") != meant.endswith("*"):
             found.append(f"aliases.{name}: both names end in * or none does")
     for name, resource in made.resources.items():
+        if resource.is_exact and resource.life is Life.SEGMENTS:
+            found.append(f"resources.{name}.exact: moments of segments are never exact")
         found += [
             f"resources.{name}.attributes.{item}: {item} is text"
             for item in sorted(_ALWAYS_TEXT & resource.attributes.keys())

@@ -322,6 +322,45 @@ async def test_a_mapping_that_changed_holds_for_what_came_before_it(pool: db.Poo
     assert ("volume",) not in kinds
 
 
+async def test_short_leases_that_came_before_their_moments_were_read_are_exact_after_a_rebuild(
+    pool: db.Pool,
+) -> None:
+    """An older mapping read neither when a lease was taken nor when it was over, and said so of no old event."""
+    at = DAY + 60 * HOUR
+    told = []
+    for number, (owner, first, last) in enumerate((("p1", 100, 400), ("p2", 401, 800))):
+        taken_at, ended_at = (at + timedelta(milliseconds=moment) for moment in (first, last))
+        body = {"node_uuid": "n2", "owner": owner, "taken_at": str(taken_at)}
+        for action in ("taken", "released"):
+            told.append(
+                delivery(
+                    json.dumps(body).encode(),
+                    exchange=bus.HOSTLER.name,
+                    type=f"baremetal.lease.{action}",
+                    message_id=f"{action}/{number}",
+                    timestamp=at,
+                )
+            )
+            body = body | {"ended_at": str(ended_at)}
+    before = mapping_file.read(
+        "resources: {node: {exact: false, bodies: {lease: {born: none, ended: none}}}}"
+    )
+    normaliser = Normaliser(before)
+    await fill(pool, [event(one, normaliser) for one in [*DELIVERIES, *told]], before)
+    held = (
+        "SELECT resource_id, project_id, starts_at, ends_at FROM usage_interval"
+        " WHERE resource_type = 'node' ORDER BY 1, 3"
+    )
+    old = ("n1", "p1", DAY + HOUR, DAY + 5 * HOUR)
+    assert (await fetch(pool, held))[0] == old
+    await rebuilt(rebuilder(pool))
+    assert await fetch(pool, held) == [
+        old,
+        ("n2", "p1", at + timedelta(milliseconds=100), at + timedelta(milliseconds=400)),
+        ("n2", "p2", at + timedelta(milliseconds=401), at + timedelta(milliseconds=800)),
+    ]
+
+
 async def test_what_was_read_anew_is_folded_soon_for_those_spoken_of_before_and_now(
     pool: db.Pool,
 ) -> None:

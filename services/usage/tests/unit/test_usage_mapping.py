@@ -477,6 +477,7 @@ MISTAKES = {
     "resources: {volume: {attributes: {zone: {otherwise: size_gb}}}}": (
         "resources.volume.attributes.zone.otherwise"
     ),
+    "resources: {instance: {exact: true}}": "resources.instance.exact",
     "resources: {volume: {edges: {born: [create.end]}}}": "resources.volume.edges.born",
     "resources: {volume: {edges: {change: [create.end]}}}": "resources.volume.edges",
     "resources: {volume: {states: {in_use: [available]}}}": "resources.volume.states",
