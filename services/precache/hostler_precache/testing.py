@@ -11,9 +11,11 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 
 import aiohttp
@@ -150,19 +152,42 @@ async def http_source() -> AsyncIterator[Source]:
 
 @dataclass(slots=True)
 class Gate:
-    """A proxy before a seed that lets so many pieces pass, and holds the others until opened."""
+    """A proxy before a seed or a host that lets so many pieces pass, and holds the others until opened.
+
+    So many to each host that asks, where it is `per_host`. Piece maps always pass; `followers` have asked for one.
+    """
 
     port: int
     passes: int
-    passed: int = 0
+    per_host: bool = False
+    passed: Counter[str] = field(default_factory=Counter)
+    followers: set[str] = field(default_factory=set)
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Forward the request, or hold it."""
-        is_piece = not request.path.endswith("/pieces")
-        if is_piece and self.passed >= self.passes:
+        """Forward the request, or hold it; what is behind may be gone, and then so is the gate."""
+        host, is_piece = request.headers.get("Hostler-Host", ""), True
+        if request.path.endswith("/pieces"):
+            self.followers.add(host)
+            is_piece = False
+        payer = host if self.per_host else ""
+        if is_piece and self.passed[payer] >= self.passes:
             await self.is_open.wait()
-        self.passed += is_piece
+        self.passed[payer] += is_piece
+        has_passed = False
+        try:
+            answer = await self._forward(request)
+            has_passed = answer.status == HTTPStatus.PARTIAL_CONTENT  # "busy" is no piece
+            return answer
+        except aiohttp.ClientError as exc:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("nobody is behind the gate") from exc
+        finally:
+            if is_piece and not has_passed:
+                self.passed[payer] -= 1
+
+    async def _forward(self, request: web.Request) -> web.StreamResponse:
         headers = {
             name: value
             for name, value in request.headers.items()
@@ -172,7 +197,13 @@ class Gate:
         async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
             wanted = ("Content-Range", "Retry-After", "ETag")
             kept = {name: answer.headers[name] for name in wanted if name in answer.headers}
-            return web.Response(status=answer.status, headers=kept, body=await answer.read())
+            if not request.path.endswith("/pieces"):
+                return web.Response(status=answer.status, headers=kept, body=await answer.read())
+            response = web.StreamResponse(status=answer.status, headers=kept)
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            return response
 
 
 def service(
@@ -190,9 +221,11 @@ def service(
 
 
 @asynccontextmanager
-async def gate(port: int, *, passes: int) -> AsyncIterator[tuple[str, Gate]]:
-    """A gate before the seed at that port: its address, and itself."""
-    made = Gate(port=port, passes=passes)
+async def gate(
+    port: int, *, passes: int, per_host: bool = False
+) -> AsyncIterator[tuple[str, Gate]]:
+    """A gate before the seed or the host at that port: its address, and itself."""
+    made = Gate(port=port, passes=passes, per_host=per_host)
     async with http_server(made.handle) as url:
         yield url, made
 
@@ -267,13 +300,15 @@ async def agent_process(
     *,
     amqp_url: str,
     precache_url: str,
+    http_port: int | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> AsyncIterator[Program]:
     """An agent for the host is ready; stopped on leaving, unless it is dead already.
 
-    Images go to `directory` under their own ids. Its log is beside the directory.
+    Images go to `directory` under their own ids. Its log is beside the directory. The port is a free one unless it
+    is given.
     """
-    port = servers.free_port()
+    port = http_port or servers.free_port()
     directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  a test's own directory
     log = directory.with_name(f"{directory.name}-{port}.log")
     own = {
