@@ -169,6 +169,20 @@ def upload() -> Callable[..., Awaitable[dict[str, Any]]]:
     return _upload
 
 
+def _qcow2_of(data: bytes, directory: Path) -> bytes:
+    raw, shaped = directory / "disk.raw", directory / "disk.qcow2"
+    raw.write_bytes(data)
+    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c"]
+    subprocess.run([*convert, str(raw), str(shaped)], check=True)
+    return shaped.read_bytes()
+
+
+@pytest.fixture
+def qcow2_of() -> Callable[[bytes, Path], bytes]:
+    """`qcow2_of(data, directory)`: the data as a virtual disk, compressed."""
+    return _qcow2_of
+
+
 @pytest.fixture
 def overheard(amqp_url: str) -> Overheard:
     """`async with overheard(exchange) as count`: `await count()` messages were published since."""

@@ -3,15 +3,17 @@
 import asyncio
 import hashlib
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest_asyncio
 
-from hostler_common.testing import RunService, eventually
+from hostler_common.testing import RunningService, RunService, eventually
 from hostler_precache import images, testing
+from hostler_precache.placing import placement
 from hostler_precache.sources import listers, plugins
 
 DATA = testing.image_of((3 << 20) + 77, seed=5)
@@ -19,6 +21,23 @@ DATA = testing.image_of((3 << 20) + 77, seed=5)
 
 RunPeer = Callable[..., AbstractAsyncContextManager[str]]
 Upload = Callable[..., Awaitable[dict[str, Any]]]
+
+# the agent looks after its files several times within the age at which Nova would remove them
+NOVA_CONF = """\
+[DEFAULT]
+instances_path = {instances}
+[image_cache]
+remove_unused_original_minimum_age_seconds = 3
+"""
+
+
+@pytest_asyncio.fixture
+async def notifying_glance(run_peer: RunPeer, amqp_url: str, tmp_path: Path) -> AsyncIterator[str]:
+    """A real Glance that says on the broker what happens to its images; its address."""
+    directory = tmp_path / "glance"
+    directory.mkdir()
+    async with run_peer("glance", directory, "--amqp-url", amqp_url) as url:
+        yield url
 
 
 async def test_every_page_of_glance_is_listed_with_its_hashes(
@@ -35,18 +54,10 @@ async def test_every_page_of_glance_is_listed_with_its_hashes(
         )
 
 
-def qcow2_of(data: bytes, directory: Path) -> bytes:
-    """The data as a virtual disk, compressed."""
-    raw, shaped = directory / "disk.raw", directory / "disk.qcow2"
-    raw.write_bytes(data)
-    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c"]
-    subprocess.run([*convert, str(raw), str(shaped)], check=True)
-    return shaped.read_bytes()
-
-
 async def test_a_policy_over_glance_puts_its_images_on_a_host_as_raw_disks(
     glance: str,
     upload: Upload,
+    qcow2_of: Callable[[bytes, Path], bytes],
     run_service: RunService,
     amqp_url: str,
     tmp_path: Path,
@@ -108,21 +119,16 @@ async def test_bytes_that_are_not_what_glance_says_are_refused(
 
 
 async def test_what_glance_says_runs_its_policies_at_once_and_lets_a_deleted_image_go(
-    run_peer: RunPeer,
+    notifying_glance: str,
     upload: Upload,
     session: aiohttp.ClientSession,
     run_service: RunService,
     amqp_url: str,
     tmp_path: Path,
 ) -> None:
-    directory = tmp_path / "glance"
-    directory.mkdir()
-    async with (
-        run_peer("glance", directory, "--amqp-url", amqp_url) as glance,
-        testing.service(
-            run_service, tmp_path, glance_url=glance, glance_amqp_url=amqp_url
-        ) as service,
-    ):
+    async with testing.service(
+        run_service, tmp_path, glance_url=notifying_glance, glance_amqp_url=amqp_url
+    ) as service:
         policy = {
             "name": "golden",
             "lister": "glance",
@@ -137,7 +143,7 @@ async def test_what_glance_says_runs_its_policies_at_once_and_lets_a_deleted_ima
             return bool(shown["last_outcome"] == "ok")
 
         await eventually(has_run)
-        image = await upload(glance, DATA, tags=["precache"])
+        image = await upload(notifying_glance, DATA, tags=["precache"])
 
         async def distribution() -> dict[str, Any]:
             listed = (await service.api.get("/v1/distributions"))["distributions"]
@@ -150,7 +156,7 @@ async def test_what_glance_says_runs_its_policies_at_once_and_lets_a_deleted_ima
 
         await eventually(has_its_bytes)
         assert (await distribution())["image_id"] == image["id"]
-        async with session.delete(f"{glance}/v2/images/{image['id']}") as response:
+        async with session.delete(f"{notifying_glance}/v2/images/{image['id']}") as response:
             assert response.status == 204
 
         async def is_let_go() -> bool:
@@ -158,3 +164,93 @@ async def test_what_glance_says_runs_its_policies_at_once_and_lets_a_deleted_ima
             return (found["state"], found["reason"]) == ("cancelled", "image.deleted")
 
         await eventually(is_let_go)
+
+
+async def endings(service: RunningService) -> Mapping[str, tuple[str, str | None]]:
+    """State and reason of each image's distribution."""
+    listed = (await service.api.get("/v1/distributions"))["distributions"]
+    return {one["image_id"]: (one["state"], one["reason"]) for one in listed}
+
+
+async def test_what_glance_deletes_goes_from_its_hosts_and_what_a_disk_stands_on_only_with_the_disk(
+    notifying_glance: str,
+    upload: Upload,
+    session: aiohttp.ClientSession,
+    run_service: RunService,
+    amqp_url: str,
+    tmp_path: Path,
+) -> None:
+    instances = tmp_path / "instances"
+    conf = tmp_path / "nova.conf"
+    conf.write_text(NOVA_CONF.format(instances=instances))
+    made = [await upload(notifying_glance, DATA, tags=["precache"]) for _ in range(3)]
+    untagged, used, unused = (image["id"] for image in made)
+    bases = {
+        image["id"]: placement.target(instances / "_base", "{sha1}", image["id"]) for image in made
+    }
+    disk = instances / "a-guest" / "disk"
+    async with (
+        testing.service(
+            run_service, tmp_path, glance_url=notifying_glance, glance_amqp_url=amqp_url
+        ) as service,
+        testing.agent_process(
+            "host-1", instances / "_base", amqp_url=amqp_url, precache_url=service.url,
+            settings={
+                "placer": "nova", "nova_config_files": conf, "target_template": "{sha1}",
+                "desired_seconds": 0.2,
+            },
+        ) as agent,
+    ):  # fmt: skip
+
+        async def is_ended(image_id: str, reason: str) -> None:
+            async def holds() -> bool:
+                return (await endings(service))[image_id] == ("cancelled", reason)
+
+            await eventually(holds)
+
+        async def is_gone(image_id: str) -> None:
+            async def holds() -> bool:
+                return not bases[image_id].exists()
+
+            await eventually(holds)
+
+        policy = {
+            "name": "golden",
+            "lister": "glance",
+            "options": {"tags": ["precache"]},
+            "hosts": ["host-1"],
+            "every_seconds": 7 * 86400,
+        }
+        await service.api.post("/v1/policies", policy)
+
+        async def all_are_placed() -> bool:
+            found = await endings(service)
+            return [found.get(one) for one in bases] == [("done", None)] * 3
+
+        await eventually(all_are_placed)
+        assert [base.read_bytes() for base in bases.values()] == [DATA] * 3
+        disk.parent.mkdir()
+        create = ["qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b", str(bases[used])]
+        await asyncio.to_thread(subprocess.run, [*create, str(disk)], check=True)
+
+        async with session.delete(
+            f"{notifying_glance}/v2/images/{untagged}/tags/precache"
+        ) as answer:
+            assert answer.status == 204
+        await is_ended(untagged, "policy: listed no more")
+        for image_id in (
+            used,
+            unused,
+        ):  # one after the other: who has the second knows of the first
+            async with session.delete(f"{notifying_glance}/v2/images/{image_id}") as answer:
+                assert answer.status == 204
+            await is_ended(image_id, "image.deleted")
+
+        await is_gone(unused)
+        assert bases[used].read_bytes() == DATA
+        disk.unlink()
+        await is_gone(used)
+        # not wanted either, but Glance has it still: it may be wanted again
+        assert bases[untagged].read_bytes() == DATA
+        removed = [event["image_id"] for event in agent.events("image_removed")]
+        assert removed == [unused, used]

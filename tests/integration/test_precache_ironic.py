@@ -9,11 +9,14 @@ import contextlib
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from hostler_common.testing import RunService, eventually
 from hostler_precache import testing
 from hostler_precache.placing.ironic_placer import FetchingError, IronicPlacer
 from hostler_precache.placing.placement import Outcome, Wanted
@@ -46,6 +49,16 @@ class Ironic:
         self.state = conf.parent
         self.master_images = self.state / "master_images"
         self.begin, self.end, self.do = peer.begin, peer.end, peer.do
+
+
+@pytest.fixture
+def ironic(command_peer: CommandPeer, glance: str, tmp_path: Path) -> Iterator[Ironic]:
+    """An Ironic that has deployed nothing yet, beside the Glance of the test."""
+    conf = tmp_path / "ironic" / "ironic.conf"
+    conf.parent.mkdir()
+    conf.write_text(CONF.format(state=conf.parent, glance=glance))
+    with command_peer("ironic", "ironic_cache.py", conf) as peer:
+        yield Ironic(conf, peer)
 
 
 def placed_found_pinned_and_let_go(ironic: Ironic, shelf: Shelf, wanted: Wanted) -> None:
@@ -83,20 +96,74 @@ def fetched_by_ironic_while_we_come(ironic: Ironic, shelf: Shelf, wanted: Wanted
 
 
 async def test_ironic_deploys_what_was_placed_and_keeps_it_while_it_is_wanted_or_in_use(
-    command_peer: CommandPeer, glance: str, upload: Upload, tmp_path: Path
+    ironic: Ironic, glance: str, upload: Upload
 ) -> None:
-    conf = tmp_path / "ironic" / "ironic.conf"
-    conf.parent.mkdir()
-    conf.write_text(CONF.format(state=conf.parent, glance=glance))
-    with command_peer("ironic", "ironic_cache.py", conf) as peer:
-        ironic = Ironic(conf, peer)
-        shelf = Shelf(IronicPlacer(ironic.master_images, force_raw=True))
-        for story in (placed_found_pinned_and_let_go, fetched_by_ironic_while_we_come):
-            image = await upload(glance, DATA, visibility="public")
-            wanted = Wanted(
-                image_id=ImageId(image["id"]),
-                blob_id=BlobId(str(uuid.uuid4())),
-                disk_format="raw",
-            )
-            await asyncio.to_thread(story, ironic, shelf, wanted)
-        shelf.close()
+    shelf = Shelf(IronicPlacer(ironic.master_images, force_raw=True))
+    for story in (placed_found_pinned_and_let_go, fetched_by_ironic_while_we_come):
+        image = await upload(glance, DATA, visibility="public")
+        wanted = Wanted(
+            image_id=ImageId(image["id"]),
+            blob_id=BlobId(str(uuid.uuid4())),
+            disk_format="raw",
+        )
+        await asyncio.to_thread(story, ironic, shelf, wanted)
+    shelf.close()
+
+
+# --- the whole way
+
+
+@pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
+async def test_ironic_deploys_what_its_conductors_agent_got_from_the_swarm_by_itself(
+    disk_format: str, ironic: Ironic, glance: str, upload: Upload,
+    qcow2_of: Callable[[bytes, Path], bytes], run_service: RunService, amqp_url: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    content = DATA
+    if disk_format == "qcow2":  # Ironic would make it raw itself
+        content = await asyncio.to_thread(qcow2_of, DATA, tmp_path)
+    image = await upload(glance, content, disk_format=disk_format, visibility="public")
+    image_id = image["id"]
+    target = ironic.master_images / f"{image_id}.converted"
+    async with (
+        testing.service(run_service, tmp_path, glance_url=glance) as service,
+        testing.agent_process(
+            "conductor-1", ironic.master_images, amqp_url=amqp_url, precache_url=service.url,
+            settings={"placer": "ironic"},
+        ) as agent,
+    ):  # fmt: skip
+        body = {
+            "image_id": image_id,
+            "image": {
+                "image_id": image_id,
+                "fetcher": "glance",
+                "disk_format": disk_format,
+                "os_hash_algo": image["os_hash_algo"],
+                "os_hash_value": image["os_hash_value"],
+            },
+            "hosts": ["conductor-1"],
+        }
+        made = await service.api.post("/v1/distributions", body)
+
+        async def over() -> dict[str, Any] | None:
+            path = f"/v1/distributions/{made['distribution_id']}"
+            answer: dict[str, Any] = await service.api.get(path)
+            return answer if answer["state"] in ("done", "error") else None
+
+        answer = await eventually(over)
+        (host,) = answer["progress"]
+        assert (answer["state"], answer["verification"]) == ("done", "hash")
+        assert (host["host"], host["state"], host["reason"]) == ("conductor-1", "cached", None)
+        assert host["received_from_seed_bytes"] == len(DATA)
+        assert target.read_bytes() == DATA
+        inode = target.stat().st_ino
+
+        # with its store empty, Glance can still say what the image is, and not give it
+        (tmp_path / "glance" / "images" / image_id).unlink()
+        disk = ironic.state / "node" / "disk"
+        deployed = await asyncio.to_thread(ironic.do, "deploy", image_id=image_id, to=str(disk))
+        assert deployed == inode
+        assert disk.read_bytes() == DATA
+        disk.unlink()
+        assert target.name in await asyncio.to_thread(ironic.do, "clean")  # the agent pins it
+        assert agent.events("image_ready")

@@ -200,7 +200,8 @@ def _seed_server(server: BlobServer, settings: Settings) -> Server:
     """What sends the pieces that are in `server`.
 
     Raises:
-        SettingsError: no server of the configured name is installed, or a certificate is wrong.
+        SettingsError: no server of the configured name is installed, or it is of no use, or a
+            certificate is wrong.
     """
     contexts = tls.load(
         settings.peer_certificate_file, settings.peer_key_file, settings.peer_ca_file
@@ -216,5 +217,5 @@ def _seed_server(server: BlobServer, settings: Settings) -> Server:
     )
     try:
         return plugins.server(settings.server, site)
-    except plugins.UnknownPluginError as exc:
+    except (plugins.UnknownPluginError, plugins.BrokenPluginError) as exc:
         raise SettingsError(f"HOSTLER_PRECACHE_SERVER: {exc}") from exc

@@ -33,7 +33,13 @@ from hostler_precache.settings import Settings
 from hostler_precache.sources import fetch as fetching
 from hostler_precache.sources.arrival import Arriving
 from hostler_precache.sources.fetch import Fetched, FetchProgress, fetch
-from hostler_precache.sources.plugins import Plugins, SourceError, UnknownPluginError
+from hostler_precache.sources.plugins import (
+    BrokenPluginError,
+    Plugins,
+    SourceError,
+    UnknownPluginError,
+    images_of,
+)
 from hostler_precache.store import ImageDiffers, ImageNotFound, Store
 from hostler_precache.swarming import tokens, tracker
 from hostler_precache.swarming.swarm_store import SwarmStore
@@ -176,9 +182,12 @@ class Pipeline:
 
     async def _run_policy(self, policy: Policy) -> tuple[str, str]:
         try:
-            listed = await self._plugins.lister(policy.lister).list(policy.options)
+            listed = images_of(await self._plugins.lister(policy.lister).list(policy.options))
         except (SourceError, UnknownPluginError) as exc:
             return "failed", str(exc)
+        except BrokenPluginError as exc:
+            log.warning("lister_broken", policy=policy.name, reason=str(exc), exc_info=exc)
+            return "failed", f"lister.broken: {exc}"
         except Exception as exc:  # a lister is a plugin: it may raise whatever it likes
             log.exception("lister_failed", policy=policy.name)
             return "failed", f"lister.failed: {type(exc).__name__}"
@@ -392,6 +401,8 @@ class Pipeline:
                 reason, is_transient = exc.reason, False
             case UnknownPluginError():
                 reason, is_transient = "fetcher.unknown", False
+            case BrokenPluginError():
+                reason, is_transient = "fetcher.broken", False
             case _:
                 reason, is_transient = "fetcher.failed", False
                 log.error("fetcher_failed", image_id=task.image.image_id, exc_info=exc)

@@ -1,18 +1,16 @@
 """The placers that come with hostler, built from the agent's settings, and how others are found."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
-from importlib import metadata
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from hostler_common.settings import SettingsError
+from hostler_precache import entry_points
 from hostler_precache.placing import nova_conf, placement
 from hostler_precache.placing.ironic_placer import MASTER_IMAGES, IronicPlacer
 from hostler_precache.placing.nova_placer import NovaPlacer
 from hostler_precache.placing.placement import Placer, Wanted
 from hostler_precache.settings import AgentSettings
-
-Factory = Callable[[AgentSettings], Placer]
 
 
 class DirectoryPlacer:
@@ -47,16 +45,14 @@ def build(settings: AgentSettings) -> Placer:
     """The placer that the settings name.
 
     Raises:
-        SettingsError: there is none of that name, or it cannot be had with these settings.
+        SettingsError: there is none of that name, or it is of no use, or cannot be had with these
+            settings.
     """
-    installed = metadata.entry_points(group=placement.PLACERS)
-    if settings.placer not in installed.names:
-        known = ", ".join(sorted(installed.names))
-        raise SettingsError(
-            f"HOSTLER_PRECACHE_PLACER: {settings.placer!r} is not installed; there are: {known}"
-        )
-    factory: Factory = installed[settings.placer].load()
-    return factory(settings)
+    try:
+        placer: Placer = entry_points.build(placement.PLACERS, settings.placer, settings, Placer)
+    except (entry_points.UnknownPluginError, entry_points.BrokenPluginError) as exc:
+        raise SettingsError(f"HOSTLER_PRECACHE_PLACER: {exc}") from exc
+    return placer
 
 
 def directory(settings: AgentSettings) -> Placer:

@@ -3,21 +3,24 @@
 A lister says which images there are, a fetcher opens the bytes of one, a server sends what was
 fetched. Implementations are named by entry points (`hostler.precache.listers`, `.fetchers`,
 `.servers`) and built once per process: listers and fetchers with `Surroundings`, and they raise
-`SourceError` only; a server with the `SeedSite` that it is to serve.
+`SourceError` only; a server with the `SeedSite` that it is to serve. One that cannot be built, or
+is something else, is `BrokenPluginError` for whoever needs it, and nothing to anybody else.
 """
 
 import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from types import UnionType
+from typing import Any, Final, Protocol
 
 import aiohttp
 from pydantic import SecretStr
 
-from hostler_precache.images import Image
+from hostler_precache import entry_points, images
+from hostler_precache.entry_points import BrokenPluginError, UnknownPluginError
+from hostler_precache.images import Image, SourceHash
 from hostler_precache.sources.access import ByKeystone, Fixed, Service, TempAuth
 from hostler_precache.sources.keystone import Keystone
 from hostler_precache.sources.source import Hole, Part, Source, SourceError
@@ -27,6 +30,7 @@ __all__ = [
     "FETCHERS",
     "LISTERS",
     "SERVERS",
+    "BrokenPluginError",
     "Fetcher",
     "Hole",
     "Lister",
@@ -39,6 +43,7 @@ __all__ = [
     "Surroundings",
     "UnknownPluginError",
     "check_installed",
+    "images_of",
     "server",
 ]
 
@@ -141,10 +146,6 @@ class Server(Protocol):
         """
 
 
-class UnknownPluginError(LookupError):
-    """No implementation of that name is installed; the text names those that are."""
-
-
 class Plugins:
     """The installed listers and fetchers, built on first use."""
 
@@ -157,8 +158,9 @@ class Plugins:
 
         Raises:
             UnknownPluginError: there is none.
+            BrokenPluginError: it is of no use.
         """
-        lister: Lister = self._build(LISTERS, name)
+        lister: Lister = self._build(LISTERS, name, Lister)
         return lister
 
     def fetcher(self, name: str) -> Fetcher:
@@ -166,14 +168,50 @@ class Plugins:
 
         Raises:
             UnknownPluginError: there is none.
+            BrokenPluginError: it is of no use.
         """
-        fetcher: Fetcher = self._build(FETCHERS, name)
+        fetcher: Fetcher = self._build(FETCHERS, name, Fetcher)
         return fetcher
 
-    def _build(self, group: str, name: str) -> Any:  # noqa: ANN401  the callers name the type
+    def _build(self, group: str, name: str, kind: type) -> Any:  # noqa: ANN401  the callers name the type
         if (group, name) not in self._built:
-            self._built[group, name] = _entry_point(group, name).load()(self._surroundings)
+            self._built[group, name] = entry_points.build(group, name, self._surroundings, kind)
         return self._built[group, name]
+
+
+_KINDS: Final[Mapping[str, type | UnionType]] = {
+    "image_id": str,
+    "fetcher": str,
+    "location": str,
+    "name": str | None,
+    "size_bytes": int | None,
+    "disk_format": str | None,
+    "source_hash": SourceHash | None,
+}
+
+
+def images_of(listed: object) -> Sequence[Image]:
+    """What a lister gave, if it is what listers give: images, each with an id that files may have.
+
+    Raises:
+        BrokenPluginError: it is not.
+    """
+    if not isinstance(listed, Sequence):
+        raise BrokenPluginError(f"it lists a {type(listed).__name__}, which is no sequence")
+    for image in listed:
+        if not isinstance(image, Image):
+            raise BrokenPluginError(f"it lists a {type(image).__name__}, which is no Image")
+        for name, kind in _KINDS.items():
+            value = getattr(image, name)
+            if not isinstance(value, kind):
+                raise BrokenPluginError(
+                    f"it lists an Image whose {name} is a {type(value).__name__}"
+                )
+        try:
+            images.image_id(image.image_id)
+        except ValueError as exc:
+            raise BrokenPluginError(f"it lists what is {exc}") from exc
+    return listed
 
 
 def server(name: str, site: SeedSite) -> Server:
@@ -181,8 +219,9 @@ def server(name: str, site: SeedSite) -> Server:
 
     Raises:
         UnknownPluginError: there is none.
+        BrokenPluginError: it is of no use.
     """
-    made: Server = _entry_point(SERVERS, name).load()(site)
+    made: Server = entry_points.build(SERVERS, name, site, Server)
     return made
 
 
@@ -192,12 +231,4 @@ def check_installed(group: str, name: str) -> None:
     Raises:
         UnknownPluginError: there is none.
     """
-    _entry_point(group, name)
-
-
-def _entry_point(group: str, name: str) -> metadata.EntryPoint:
-    installed = metadata.entry_points(group=group)
-    if name not in installed.names:
-        known = ", ".join(sorted(installed.names))
-        raise UnknownPluginError(f"{name!r} is not installed; there are: {known}")
-    return installed[name]
+    entry_points.find(group, name)

@@ -10,7 +10,7 @@ import pytest
 
 from hostler_common import servers
 from hostler_common.settings import SettingsError
-from hostler_precache import testing
+from hostler_precache import entry_points, testing
 from hostler_precache.sources import plugins
 from hostler_precache.sources.plugins import SeedSite
 from hostler_precache.swarming.swarm import SeedPolicy
@@ -89,10 +89,10 @@ async def test_the_service_sends_by_the_server_that_its_setting_names(
     monkeypatch.setattr(metadata.EntryPoint, "load", lambda _: Elsewhere)
     with monkeypatch.context() as patched:
         ours = metadata.EntryPoint(name="elsewhere", value="x:y", group=plugins.SERVERS)
-        real = plugins._entry_point
+        real = entry_points.find
         patched.setattr(
-            plugins,
-            "_entry_point",
+            entry_points,
+            "find",
             lambda group, name: ours if name == "elsewhere" else real(group, name),
         )
         async with precache(server="elsewhere") as service:
