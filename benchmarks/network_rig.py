@@ -302,7 +302,7 @@ def _uplink(bridge: str) -> list[str]:
 
 
 def _plug(switch: str, host: Host, *, bridge: str) -> None:
-    subnet = f"{host.address}/24"
+    interface = ipaddress.ip_interface(f"{host.address}/24")
     _run("ip", "netns", "add", host.namespace)
     _batch(
         switch,
@@ -312,9 +312,9 @@ def _plug(switch: str, host: Host, *, bridge: str) -> None:
     _batch(
         host.namespace,
         "link set lo up",
-        f"addr add {subnet} brd + dev eth0",
+        f"addr add {interface} brd + dev eth0",
         "link set eth0 up",
-        f"route change {ipaddress.ip_interface(subnet).network} dev eth0 proto kernel scope link"
+        f"route change {interface.network} dev eth0 proto kernel scope link"
         f" src {host.address} congctl {CONGESTION_CONTROL}",
         "route add 224.0.0.0/4 dev eth0",
     )

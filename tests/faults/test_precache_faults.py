@@ -1,10 +1,9 @@
 """Processes and servers die under precache: nothing half-written shows, and all ends as it should."""
 
 import asyncio
-import hashlib
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,7 @@ PIECES = 49
 
 
 def request(image_id: str, url: str, hosts: list[str]) -> dict[str, Any]:
-    image = {
-        "image_id": image_id,
-        "location": url,
-        "os_hash_algo": "sha512",
-        "os_hash_value": hashlib.sha512(DATA).hexdigest(),
-    }
-    return {"image_id": image_id, "hosts": hosts, "image": image}
-
-
-async def ended(api: client.Api, distribution_id: str) -> Mapping[str, Any]:
-    async def over() -> Mapping[str, Any] | None:
-        answer = await api.get(f"/v1/distributions/{distribution_id}")
-        return answer if answer["state"] in ("done", "error") else None
-
-    found: Mapping[str, Any] = await eventually(over, seconds=60)
-    return found
+    return testing.request_of(image_id, url, DATA, hosts=hosts)
 
 
 def placed(agent: testing.Program, image_id: str) -> bool:
@@ -80,7 +64,7 @@ async def test_a_service_killed_while_it_fetches_fetches_again_and_serves_nothin
                 "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=second.url
             ) as agent,
         ):
-            answer = await ended(api, made["distribution_id"])
+            answer = await testing.ended(api, made["distribution_id"])
             assert answer["host_states"] == {"cached": 1}
             assert placed(agent, image_id)
             assert len(list(seed.iterdir())) == 1
@@ -138,7 +122,7 @@ async def test_a_swarm_finishes_without_its_tracker(
 
             await eventually(both_have_it)
             is_up = True
-            answer = await ended(service.api, made["distribution_id"])
+            answer = await testing.ended(service.api, made["distribution_id"])
             assert answer["host_states"] == {"cached": 2}
 
 
@@ -175,7 +159,7 @@ async def test_what_is_asked_for_while_the_broker_is_away_is_announced_when_it_i
         await eventually(is_back)
         if not agent.events("cache_called"):
             await service.api.post("/v1/distributions", {"image_id": image_id})
-        answer = await ended(service.api, made["distribution_id"])
+        answer = await testing.ended(service.api, made["distribution_id"])
         assert answer["host_states"] == {"cached": 1}
         assert placed(agent, image_id)
 
@@ -230,7 +214,7 @@ async def test_an_image_whose_database_is_killed_while_it_comes_reaches_its_host
         await asyncio.to_thread(own_postgres.start)
         await wait_ready(service.url, seconds=60)
         source.go_on.set()
-        answer = await ended(service.api, made["distribution_id"])
+        answer = await testing.ended(service.api, made["distribution_id"])
         assert answer["host_states"] == {"cached": 1}
         assert placed(agent, image_id)
         assert source.requests == ["image"]
@@ -266,7 +250,7 @@ async def test_a_seeds_disk_that_fills_while_an_image_comes_is_said_and_the_next
         ballast = small_disk / "ballast"
         ballast.write_bytes(bytes(8 * MIB))
         source.go_on.set()
-        answer = await ended(service.api, made["distribution_id"])
+        answer = await testing.ended(service.api, made["distribution_id"])
         assert (answer["state"], answer["reason"].split(":")[0]) == ("error", "storage.no_space")
         assert list((small_disk / "seed").iterdir()) == []
 
@@ -277,7 +261,7 @@ async def test_a_seeds_disk_that_fills_while_an_image_comes_is_said_and_the_next
         assert not (agent.directory / image_id).exists()
         ballast.unlink()
         again = await service.api.post("/v1/distributions", {"image_id": image_id})
-        answer = await ended(service.api, again["distribution_id"])
+        answer = await testing.ended(service.api, again["distribution_id"])
         assert answer["host_states"] == {"cached": 1}
         assert placed(agent, image_id)
 

@@ -4,9 +4,7 @@ That a transfer is in its middle when it happens is not left to how fast anythin
 """
 
 import asyncio
-import hashlib
 import json
-import struct
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +25,6 @@ MIB = 1 << 20
 PIECE = 256 * 1024
 DATA = testing.image_of(12 * MIB + 99)
 PIECES = -(-len(DATA) // PIECE)
-# a journal: its header, and the number and a checksum of each piece that is on disk
-JOURNAL_HEADER_BYTES = 60
-RECORD = struct.Struct(">II")
 
 StartService = Callable[..., AbstractAsyncContextManager[testing.Program]]
 
@@ -46,14 +41,9 @@ async def distribute(
 ) -> tuple[str, str]:
     """The image and its distribution, when all of it is at the seed."""
     image_id = str(uuid.uuid4())
-    image = {
-        "image_id": image_id,
-        "location": source.add(image_id, data),
-        "os_hash_algo": "sha512",
-        "os_hash_value": hashlib.sha512(data).hexdigest(),
-    }
+    location = source.add(image_id, data)
     async with client.open_api(url) as api:
-        body = {"image_id": image_id, "hosts": list(hosts), "image": image}
+        body = testing.request_of(image_id, location, data, hosts=list(hosts))
         made = await api.post("/v1/distributions", body)
 
         async def is_ready() -> bool:
@@ -66,13 +56,7 @@ async def distribute(
 async def ended(url: str, distribution_id: str) -> Mapping[str, Any]:
     """The distribution, once it is over."""
     async with client.open_api(url) as api:
-
-        async def over() -> Mapping[str, Any] | None:
-            answer = await api.get(f"/v1/distributions/{distribution_id}")
-            return answer if answer["state"] in ("done", "error") else None
-
-        found: Mapping[str, Any] = await eventually(over)
-        return found
+        return await testing.ended(api, distribution_id)
 
 
 async def logged(name: str, *programs: testing.Program, **fields: object) -> None:
@@ -95,15 +79,6 @@ async def placed(image_id: str, *agents: testing.Program, data: bytes = DATA) ->
         return len(there) == len(files)
 
     await eventually(all_have)
-
-
-def journaled(agent: testing.Program) -> set[int]:
-    """The pieces that are on the host's disk for sure, read from its journal as a stranger would."""
-    records = b""
-    for file in (agent.directory / ".precache").glob("*.journal"):
-        records = file.read_bytes()[JOURNAL_HEADER_BYTES:]
-    whole = len(records) - len(records) % RECORD.size
-    return {piece for piece, _ in RECORD.iter_unpack(records[:whole])}
 
 
 async def test_hosts_finish_by_themselves_when_tracker_and_seed_are_killed_and_are_known_to_have_afterwards(
@@ -143,7 +118,7 @@ async def test_hosts_finish_by_themselves_when_tracker_and_seed_are_killed_and_a
             )
 
         async def all_is_out_and_all_know_each_other() -> bool:
-            out = set().union(*map(journaled, agents))
+            out = set().union(*(agent.journaled() for agent in agents))
             known = [
                 gate.followers == {*hosts} - {host}
                 for host, gate in zip(hosts, gates, strict=True)
@@ -153,7 +128,7 @@ async def test_hosts_finish_by_themselves_when_tracker_and_seed_are_killed_and_a
         await eventually(all_is_out_and_all_know_each_other)
         await service.kill()
         passed = Counter(seed_gate.passed)
-        assert max(len(journaled(agent)) for agent in agents) <= PIECES // 2
+        assert max(len(agent.journaled()) for agent in agents) <= PIECES // 2
         assert sum(gate.passed.total() for gate in gates) == 0
         assert not any((agent.directory / image_id).exists() for agent in agents)
 
@@ -244,8 +219,9 @@ async def test_an_image_spreads_while_the_broker_is_dead_and_all_that_ended_is_t
         image_id, distribution_id = await distribute(service.url, source, hosts)
 
         async def half_way() -> bool:
-            is_half = gate.passed.total() == PIECES // 2 and all(map(journaled, agents))
-            return is_half and not await waiting(database)
+            have_some = all(agent.journaled() for agent in agents)
+            is_half = gate.passed.total() == PIECES // 2
+            return is_half and have_some and not await waiting(database)
 
         await eventually(half_way)
         await asyncio.to_thread(own_rabbitmq.kill)

@@ -35,38 +35,8 @@ def precache(run_service: RunService, tmp_path: Path) -> Precache:
     return partial(testing.service, run_service, tmp_path)
 
 
-def request(image_id: str, url: str, data: bytes, hosts: list[str]) -> dict[str, Any]:
-    return {
-        "image_id": image_id,
-        "hosts": hosts,
-        "image": {
-            "image_id": image_id,
-            "location": url,
-            "os_hash_algo": "sha512",
-            "os_hash_value": hashlib.sha512(data).hexdigest(),
-        },
-    }
-
-
-def journal(directory: Path) -> int:
-    """How many pieces an agent has journaled, read from its file as a stranger would."""
-    files = list((directory / ".precache").glob("*.journal"))
-    return max(0, (files[0].stat().st_size - 60) // 8) if files else 0
-
-
 def sha512(path: Path) -> str:
     return hashlib.sha512(path.read_bytes()).hexdigest()
-
-
-async def ended(service: RunningService, distribution_id: str) -> Mapping[str, Any]:
-    """The distribution once it is over and its senders have told what they sent."""
-
-    async def over() -> Mapping[str, Any] | None:
-        answer = await service.api.get(f"/v1/distributions/{distribution_id}")
-        return answer if answer["state"] in ("done", "error") else None
-
-    found: Mapping[str, Any] = await eventually(over, seconds=60)
-    return found
 
 
 async def test_three_agents_get_the_image_from_one_copy_of_the_seed(
@@ -83,9 +53,9 @@ async def test_three_agents_get_the_image_from_one_copy_of_the_seed(
             )
             for host in hosts
         ]
-        body = request(image_id, source.add("image", data), data, hosts)
+        body = testing.request_of(image_id, source.add("image", data), data, hosts=hosts)
         made = await service.api.post("/v1/distributions", body)
-        answer = await ended(service, made["distribution_id"])
+        answer = await testing.ended(service.api, made["distribution_id"])
         assert answer["host_states"] == {"cached": 3}
         expected = hashlib.sha512(data).hexdigest()
         assert [sha512(agent.directory / image_id) for agent in agents] == [expected] * 3
@@ -122,21 +92,21 @@ async def test_a_killed_agent_fetches_nothing_again_that_it_had_journaled(
 
         victim = await start("host-1")
         others = [await start(host) for host in hosts[1:]]
-        body = request(image_id, source.add("image", data), data, hosts)
+        body = testing.request_of(image_id, source.add("image", data), data, hosts=hosts)
         made = await service.api.post("/v1/distributions", body)
 
         async def half_way() -> bool:
             # every piece that passed the gate has spread to the victim and is journaled
-            return journal(victim.directory) >= PIECES // 2
+            return len(victim.journaled()) >= PIECES // 2
 
         await eventually(half_way)
         await victim.kill()
-        kept = journal(victim.directory)
+        kept = len(victim.journaled())
         assert kept == PIECES // 2
         assert not (victim.directory / image_id).exists()
         again = await start("host-1")
         gate.is_open.set()
-        answer = await ended(service, made["distribution_id"])
+        answer = await testing.ended(service.api, made["distribution_id"])
         assert answer["host_states"] == {"cached": 3}
         expected = hashlib.sha512(data).hexdigest()
         for agent in (again, *others):
@@ -164,7 +134,9 @@ async def test_a_lying_peer_is_banned_and_none_of_its_bytes_are_kept(
         testing.gate(port, passes=4) as (seed_url, gate),
         precache(blob_port=port, seed_url=seed_url) as service,
     ):
-        body = request(image_id, source.add("image", data), data, ["host-1", "liar"])
+        body = testing.request_of(
+            image_id, source.add("image", data), data, hosts=["host-1", "liar"]
+        )
         made = await service.api.post("/v1/distributions", body)
 
         async def ready() -> str | None:
@@ -190,7 +162,7 @@ async def test_a_lying_peer_is_banned_and_none_of_its_bytes_are_kept(
 
             await eventually(is_banned)
             gate.is_open.set()
-            answer = await ended(service, made["distribution_id"])
+            answer = await testing.ended(service.api, made["distribution_id"])
             assert answer["host_states"] == {"cached": 2}
             assert sha512(agent.directory / image_id) == hashlib.sha512(data).hexdigest()
             (host,) = (one for one in answer["progress"] if one["host"] == "host-1")
@@ -215,11 +187,13 @@ async def test_a_host_that_dies_with_the_only_copy_of_pieces_does_not_stop_the_o
                 "host-1", tmp_path / "host-1", amqp_url=amqp_url, precache_url=service.url
             )
         )
-        body = request(image_id, source.add("image", data), data, ["host-1", "host-2"])
+        body = testing.request_of(
+            image_id, source.add("image", data), data, hosts=["host-1", "host-2"]
+        )
         made = await service.api.post("/v1/distributions", body)
 
         async def has_half() -> bool:
-            return journal(victim.directory) >= PIECES // 2
+            return len(victim.journaled()) >= PIECES // 2
 
         await eventually(has_half)
         await victim.kill()

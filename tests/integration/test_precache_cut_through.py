@@ -1,6 +1,5 @@
 """Processes die while an image still comes from its source: nothing is fetched twice, nothing mixes."""
 
-import hashlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -75,16 +74,7 @@ async def source() -> AsyncIterator[testing.Source]:
 async def distribute(url: str, source: testing.Source, hosts: list[str]) -> tuple[str, str]:
     """The image and its distribution."""
     image_id = str(uuid.uuid4())
-    body = {
-        "image_id": image_id,
-        "hosts": hosts,
-        "image": {
-            "image_id": image_id,
-            "location": source.add("image", DATA),
-            "os_hash_algo": "sha512",
-            "os_hash_value": hashlib.sha512(DATA).hexdigest(),
-        },
-    }
+    body = testing.request_of(image_id, source.add("image", DATA), DATA, hosts=hosts)
     async with client.open_api(url) as api:
         made = await api.post("/v1/distributions", body)
     return image_id, made["distribution_id"]
@@ -108,13 +98,9 @@ async def half_way(url: str, distribution_id: str) -> str:
     return blob_id
 
 
-async def done(url: str, distribution_id: str) -> Mapping[str, Any]:
-    async def over() -> Mapping[str, Any] | None:
-        found = await distribution(url, distribution_id)
-        return found if found["state"] in ("done", "error") else None
-
-    found: Mapping[str, Any] = await eventually(over, seconds=SECONDS)
-    return found
+async def ended(url: str, distribution_id: str) -> Mapping[str, Any]:
+    async with client.open_api(url) as api:
+        return await testing.ended(api, distribution_id)
 
 
 async def received(database_url: str, host: str) -> list[int]:
@@ -129,17 +115,11 @@ async def received(database_url: str, host: str) -> list[int]:
     return [row["n"] for row in rows]
 
 
-def journaled(program: testing.Program) -> int:
-    """How many pieces an agent has journaled, read from its file as a stranger would."""
-    (file,) = (program.directory / ".precache").glob("*.journal")
-    return (file.stat().st_size - 60) // 8
-
-
 async def killed_with_half(victim: testing.Program) -> None:
     """The agent is killed when it has journaled what comes before the source pauses."""
 
     async def kept() -> bool:
-        return journaled(victim) == HALF // PIECE
+        return len(victim.journaled()) == HALF // PIECE
 
     await eventually(kept)
     await victim.kill()
@@ -159,7 +139,7 @@ async def test_a_seed_killed_while_it_fetches_goes_on_with_what_hosts_have(
         source.pause_after = None
         source.go_on.set()
         async with service():
-            found = await done(service.url, distribution_id)
+            found = await ended(service.url, distribution_id)
             assert found["host_states"] == {"cached": 2}
             assert found["blob_id"] == blob_id
         assert all((one.directory / image_id).read_bytes() == DATA for one in agents)
@@ -184,7 +164,7 @@ async def test_a_seed_that_starts_again_asks_a_source_with_ranges_for_the_rest_o
         source.pause_after = None
         source.go_on.set()
         async with service() as second:
-            found = await done(service.url, distribution_id)
+            found = await ended(service.url, distribution_id)
             assert found["host_states"] == {"cached": 1}
             (event,) = second.events("fetch_finished")
         assert (one.directory / image_id).read_bytes() == DATA
@@ -212,7 +192,7 @@ async def test_a_seed_that_finds_other_bytes_when_it_starts_again_mixes_nothing(
         source.add("image", other)
         source.pause_after = None
         async with service():
-            found = await done(service.url, made["distribution_id"])
+            found = await ended(service.url, made["distribution_id"])
             assert found["host_states"] == {"cached": 1}
             assert found["blob_id"] != blob_id
         assert (one.directory / image_id).read_bytes() == other
@@ -235,7 +215,7 @@ async def test_an_agent_killed_while_the_image_comes_goes_on_where_it_was(
         (event,) = again.events("transfer_started")
         assert event["resumed_pieces"] == HALF // PIECE
         source.go_on.set()
-        found = await done(service.url, distribution_id)
+        found = await ended(service.url, distribution_id)
         assert found["host_states"] == {"cached": 1}
         assert (again.directory / image_id).read_bytes() == DATA
         assert await received(database_url, "host-1") == [HALF, SIZE - HALF]
@@ -257,7 +237,7 @@ async def test_an_agent_that_is_back_when_all_has_come_goes_on_where_it_was(
 
         await eventually(ready, seconds=SECONDS)
         again = await stack.enter_async_context(agent("host-1"))
-        found = await done(service.url, distribution_id)
+        found = await ended(service.url, distribution_id)
         assert found["host_states"] == {"cached": 1}
         assert (again.directory / image_id).read_bytes() == DATA
         (event,) = again.events("transfer_started")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hostler_common.testing import RunService, eventually
+from hostler_common.testing import RunService
 from hostler_precache import testing
 from hostler_precache.placing.ironic_placer import FetchingError, IronicPlacer
 from hostler_precache.placing.placement import Outcome, Wanted
@@ -144,13 +144,7 @@ async def test_ironic_deploys_what_its_conductors_agent_got_from_the_swarm_by_it
             "hosts": ["conductor-1"],
         }
         made = await service.api.post("/v1/distributions", body)
-
-        async def over() -> dict[str, Any] | None:
-            path = f"/v1/distributions/{made['distribution_id']}"
-            answer: dict[str, Any] = await service.api.get(path)
-            return answer if answer["state"] in ("done", "error") else None
-
-        answer = await eventually(over)
+        answer = await testing.ended(service.api, made["distribution_id"])
         (host,) = answer["progress"]
         assert (answer["state"], answer["verification"]) == ("done", "hash")
         assert (host["host"], host["state"], host["reason"]) == ("conductor-1", "cached", None)

@@ -23,11 +23,13 @@ foreign-archive = foreign_plugins:Archive
 foreign-unlicensed = foreign_unlicensed:Lister
 foreign-nothing = foreign_plugins:Nothing
 foreign-liar = foreign_plugins:Liar
+foreign-ender = foreign_plugins:Ender
 [hostler.precache.fetchers]
 foreign-gzip = foreign_plugins:Gzip
 foreign-unlicensed = foreign_unlicensed:Fetcher
 foreign-nothing = foreign_plugins:Nothing
 foreign-absent = foreign_absent:Fetcher
+foreign-ender = foreign_plugins:Ender
 [hostler.precache.servers]
 foreign-name = foreign_plugins:ByName
 foreign-unlicensed = foreign_unlicensed:Server
@@ -101,6 +103,15 @@ async def is_over(api: client.Api, image_id: str) -> dict[str, Any]:
     return found
 
 
+async def is_fetched(api: client.Api, image_id: str) -> None:
+    """Return when all of the image is at the seed."""
+
+    async def is_ready() -> bool:
+        return bool((await api.get(f"/v1/images/{image_id}"))["state"] == "ready")
+
+    await eventually(is_ready)
+
+
 def archived(directory: Path) -> str:
     """There is one image in the archive; its id."""
     directory.mkdir()
@@ -152,7 +163,8 @@ async def test_broken_listers_and_fetchers_are_said_to_be_and_the_service_goes_o
         "foreign-nothing": "'foreign-nothing' (foreign_plugins:Nothing) is no Lister: it has no list",
     }
     lies = {
-        "nothing": "it lists a NoneType, which is no sequence",
+        "nothing": "it lists a NoneType, which is no sequence of images",
+        "text": "it lists a str, which is no sequence of images",
         "texts": "it lists a str, which is no Image",
         "path": "it lists what is not an image id: '../../etc/passwd'",
         "number": "it lists an Image whose image_id is a int",
@@ -186,13 +198,38 @@ async def test_broken_listers_and_fetchers_are_said_to_be_and_the_service_goes_o
         options = {"directory": str(archive)}
         policy = {"name": "good", "lister": "foreign-archive", "options": options}
         assert (await has_run(api, policy))["last_outcome"] == "ok"
-
-        async def is_fetched() -> bool:
-            return bool((await api.get(f"/v1/images/{image_id}"))["state"] == "ready")
-
-        await eventually(is_fetched)
+        await is_fetched(api, image_id)
         await api.get("/readyz")
         assert running.process.returncode is None
+
+
+async def test_a_lister_or_fetcher_that_would_end_the_service_ends_what_it_was_asked_for(
+    service: Start, tmp_path: Path
+) -> None:
+    enders = {
+        "exit": "SystemExit",
+        "interrupt": "KeyboardInterrupt",
+        "cancel": "CancelledError",
+        "own": "Ended",
+    }
+    archive = tmp_path / "archive"
+    image_id = archived(archive)
+    async with service(fetch_concurrency=1) as running, client.open_api(running.url) as api:
+        for by, raised in enders.items():
+            policy = {"name": by, "lister": "foreign-ender", "options": {"by": by}}
+            ran = await has_run(api, policy)
+            assert (ran["last_outcome"], ran["last_detail"]) == (
+                "failed", f"lister.broken: it raised {raised}",
+            )  # fmt: skip
+            image = {"image_id": by, "fetcher": "foreign-ender", "location": by}
+            await api.post("/v1/distributions", {"image_id": by, "image": image})
+            ended = await is_over(api, by)
+            assert (ended["state"], ended["reason"]) == (
+                "error", f"fetcher.broken: it raised {raised}",
+            )  # fmt: skip
+        options = {"directory": str(archive)}
+        await has_run(api, {"name": "good", "lister": "foreign-archive", "options": options})
+        await is_fetched(api, image_id)
 
 
 @pytest.mark.parametrize(

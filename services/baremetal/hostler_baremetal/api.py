@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
-from hostler_baremetal import errors, messages, operation_store, store
+from hostler_baremetal import errors, leases, messages, operation_store, store
 from hostler_baremetal.credentials import Vault
 from hostler_baremetal.executor import Executor, timeout_of
 from hostler_baremetal.idempotent import once
@@ -201,6 +201,7 @@ async def delete_node(node_id: uuid.UUID, pool: PoolDep) -> None:
     """Take a node out of the registry. Its power stays as it is."""
     async with db.transaction(pool) as connection:
         node = await store.get_node(connection, node_id, for_update=True)
+        await leases.end_expired(connection, node_id=node.id)  # a lease goes with its node
         await store.delete_node(connection, node)
         await outbox.add(connection, [_node_message(messages.NODE_REMOVED, node)])
 

@@ -258,12 +258,12 @@ async def take_lease(
 
 
 async def renew_lease(connection: db.Connection, node: Node, *, ttl_seconds: float) -> Lease:
-    """Puts off the end of the lease of a node read for update; its token stays.
+    """Has the lease of a node read for update end so long from now; its token stays.
 
     Raises Fenced: it has run out since the node was read.
     """
     row = await connection.fetchrow(
-        "UPDATE lease SET expires_at = now() + make_interval(secs => $2)"
+        "UPDATE lease SET expires_at = clock_timestamp() + make_interval(secs => $2)"
         " WHERE node_id = $1 RETURNING *",
         node.id,
         ttl_seconds,

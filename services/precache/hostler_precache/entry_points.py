@@ -1,9 +1,13 @@
 """What is pluggable is found by entry point: by its name, built with what it is given, and checked for its kind.
 
 Who wrote a plugin is not known, so whatever it raises while it is found and built is one error,
-which names it and says what is wrong.
+which names it and says what is wrong; and what it raises later ends what it was asked for, and
+nothing else (`contained`).
 """
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -54,8 +58,28 @@ def build(group: str, name: str, given: object, kind: type) -> Any:  # noqa: ANN
         ]
     except SettingsError:
         raise
-    except (Exception, SystemExit) as exc:  # it may raise whatever it likes
+    except BaseException as exc:  # whatever it likes; nothing is awaited, so none is a cancel
         raise BrokenPluginError(f"{said} cannot be had: {type(exc).__name__}: {exc}") from exc
     if missing:
         raise BrokenPluginError(f"{said} is no {kind.__name__}: it has no {', '.join(missing)}")
     return made
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """A plugin's code runs inside: what ends it is an `Exception`, unless the task that runs it is cancelled.
+
+    Then it is that, whatever the plugin makes of it. A task that a plugin has begun is not contained.
+
+    Raises:
+        BrokenPluginError: it raised what would have ended the process, or this task without a word.
+    """
+    try:
+        yield
+    except BaseException as exc:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError from exc
+        if isinstance(exc, Exception):
+            raise
+        raise BrokenPluginError(f"it raised {type(exc).__name__}") from exc

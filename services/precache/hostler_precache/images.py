@@ -6,7 +6,7 @@ An image id becomes part of file names on hosts and of URLs, so it is checked on
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -14,6 +14,8 @@ from hostler_precache.transfer.manifest import ImageId
 
 IMAGE_ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _IMAGE_ID: Final = re.compile(IMAGE_ID_PATTERN.rstrip("$") + r"\Z")
+# Glance's own, but for the location
+MAX_CHARACTERS: Final[Mapping[str, int]] = {"location": 4096, "name": 255, "disk_format": 20}
 # what Glance may be configured with (os_hash_algo) and hashlib has in every build
 HASH_ALGORITHMS: Final = frozenset(
     {"sha256", "sha384", "sha512", "sha3_256", "sha3_384", "sha3_512", "blake2b", "blake2s"}
@@ -55,7 +57,6 @@ class Image:
     size_bytes: int | None = None
     disk_format: str | None = None
     source_hash: SourceHash | None = None
-    properties: Mapping[str, str] = field(default_factory=dict)
 
 
 def image_id(text: str) -> ImageId:
@@ -65,7 +66,7 @@ def image_id(text: str) -> ImageId:
         ValueError: it could not be a file name and a path segment everywhere.
     """
     if not _IMAGE_ID.match(text):
-        raise ValueError(f"not an image id: {text!r}")
+        raise ValueError(f"not an image id: {text[:200]!r}")
     return ImageId(text)
 
 
@@ -90,3 +91,17 @@ def source_hash(
     if not re.fullmatch(r"[0-9a-f]+", value) or len(value) != length:
         raise ValueError(f"not a value of {algorithm}")
     return SourceHash(algorithm=algorithm, value=value)
+
+
+def is_hash(known: SourceHash) -> bool:
+    """Whether it is one that `source_hash` could have made, and so one that bytes can be compared with."""
+    if not (isinstance(known.algorithm, str) and isinstance(known.value, str)):
+        return False
+    is_md5 = known.algorithm == "md5"
+    try:
+        made = source_hash(
+            None if is_md5 else known.algorithm, known.value, known.value if is_md5 else None
+        )
+    except ValueError:
+        return False
+    return made == known

@@ -27,6 +27,7 @@ from hostler_precache.distribution.distributions import (
 )
 from hostler_precache.distribution.policy_store import PolicyStore
 from hostler_precache.distribution.rollout import Rollout, Targets
+from hostler_precache.entry_points import contained
 from hostler_precache.images import Image
 from hostler_precache.metrics import Metrics
 from hostler_precache.settings import Settings
@@ -126,12 +127,11 @@ class Pipeline:
     async def run_policies(self) -> None:
         """Run every policy that is due."""
         while (policy := await self._policies.claim_policy()) is not None:
-            outcome, detail = await self._run_policy(policy)
+            outcome, said = await self._run_policy(policy)
+            detail = _storable(said)
             self._metrics.policy_runs.labels(outcome).inc()
             log.info("policy_ran", policy=policy.name, outcome=outcome, detail=detail)
-            await self._policies.policy_ran(
-                policy.policy_id, outcome=outcome, detail=_storable(detail)
-            )
+            await self._policies.policy_ran(policy.policy_id, outcome=outcome, detail=detail)
 
     async def tell_sent(self) -> None:
         """What this seed sent is stored."""
@@ -181,14 +181,21 @@ class Pipeline:
     # --- list
 
     async def _run_policy(self, policy: Policy) -> tuple[str, str]:
+        patience = asyncio.timeout(self._settings.lister_seconds)
         try:
-            listed = images_of(await self._plugins.lister(policy.lister).list(policy.options))
+            async with patience:
+                with contained():
+                    lister = self._plugins.lister(policy.lister)
+                    listed = images_of(await lister.list(policy.options))
         except (SourceError, UnknownPluginError) as exc:
             return "failed", str(exc)
         except BrokenPluginError as exc:
             log.warning("lister_broken", policy=policy.name, reason=str(exc), exc_info=exc)
             return "failed", f"lister.broken: {exc}"
         except Exception as exc:  # a lister is a plugin: it may raise whatever it likes
+            if patience.expired():
+                seconds = self._settings.lister_seconds
+                return "failed", f"lister.timeout: it has not answered for {seconds:g} s"
             log.exception("lister_failed", policy=policy.name)
             return "failed", f"lister.failed: {type(exc).__name__}"
         async with db.transaction(self._store.pool) as connection:
@@ -286,15 +293,16 @@ class Pipeline:
                     group.create_task(self._keep_lease(task, progress)),
                     group.create_task(self._tell_pieces(task, progress)),
                 ]
-                fetched = await fetch(
-                    self._plugins.fetcher(task.image.fetcher),
-                    task.image,
-                    self._seed.path(task.blob_id),
-                    reserve_bytes=self._settings.reserve_bytes,
-                    convert_to_raw=self._settings.convert_to_raw,
-                    progress=progress,
-                    told=task.told.digests if task.told is not None else b"",
-                )
+                with contained():
+                    fetched = await fetch(
+                        self._plugins.fetcher(task.image.fetcher),
+                        task.image,
+                        self._seed.path(task.blob_id),
+                        reserve_bytes=self._settings.reserve_bytes,
+                        convert_to_raw=self._settings.convert_to_raw,
+                        progress=progress,
+                        told=task.told.digests if task.told is not None else b"",
+                    )
                 _require_extends(task.told, fetched.manifest)
                 for one in beside:
                     one.cancel()
@@ -396,13 +404,14 @@ class Pipeline:
     async def _failed(self, task: FetchTask, exc: BaseException) -> None:
         match exc:
             case SourceError():
-                reason, is_transient = exc.reason, exc.is_transient
+                reason, is_transient = _storable(str(exc.reason)), exc.is_transient
             case pieces.PieceStoreError():
                 reason, is_transient = exc.reason, False
             case UnknownPluginError():
                 reason, is_transient = "fetcher.unknown", False
             case BrokenPluginError():
                 reason, is_transient = "fetcher.broken", False
+                log.warning("fetcher_broken", image_id=task.image.image_id, exc_info=exc)
             case _:
                 reason, is_transient = "fetcher.failed", False
                 log.error("fetcher_failed", image_id=task.image.image_id, exc_info=exc)

@@ -83,6 +83,11 @@ class Settings(settings.Settings):
     usage_url: str | None = Field(
         None, description="hostler's usage service, which the demand lister asks"
     )
+    lister_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="a lister that has not answered for so long has failed: other policies wait for it",
+    )
     convert_to_raw: bool = Field(
         True,
         description="qcow2, vmdk, vhd, vhdx and vdi images reach hosts as raw disks, as with Nova's"

@@ -5,9 +5,11 @@ All of them are real HTTP servers or real processes; none of them knows the code
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -17,11 +19,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any, Final
 
 import aiohttp
 from aiohttp import web
 
-from hostler_common import servers, testing
+from hostler_common import client, servers, testing
 from hostler_precache import app
 from hostler_precache.placing.placement import Wanted
 from hostler_precache.placing.shelf import Shelf
@@ -32,10 +35,40 @@ from hostler_precache.transfer.pieces import PieceStore
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# a journal: its header, and the number and a checksum of each piece that is on disk
+_JOURNAL_HEADER_BYTES: Final = 60
+_JOURNAL_RECORD: Final = struct.Struct(">II")
+
 
 def image_of(size: int, seed: int = 1) -> bytes:
     """Bytes that do not compress, the same each time."""
     return random.Random(seed).randbytes(size)  # noqa: S311  content, not a secret
+
+
+def request_of(image_id: str, url: str, data: bytes, **fields: object) -> dict[str, Any]:
+    """The body of a distribution of an image of an HTTP source, with its sha512; `fields` are the body's."""
+    return {
+        "image_id": image_id,
+        "image": {
+            "image_id": image_id,
+            "fetcher": "http",
+            "location": url,
+            "os_hash_algo": "sha512",
+            "os_hash_value": hashlib.sha512(data).hexdigest(),
+        },
+        **fields,
+    }
+
+
+async def ended(api: client.Api, distribution_id: str, *, seconds: float = 60) -> dict[str, Any]:
+    """The distribution, once it is not on its way any more."""
+
+    async def over() -> dict[str, Any] | None:
+        answer: dict[str, Any] = await api.get(f"/v1/distributions/{distribution_id}")
+        return answer if answer["state"] not in ("fetching", "distributing") else None
+
+    found: dict[str, Any] = await testing.eventually(over, seconds=seconds)
+    return found
 
 
 def described(data: bytes) -> Manifest:
@@ -291,6 +324,14 @@ class Program:
         """What it logged under that name."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines() if line[:1] == "{"]
         return [line for line in lines if line.get("event") == name]
+
+    def journaled(self) -> set[int]:
+        """Of an agent, the pieces of its only image that are on disk for sure, read as a stranger would."""
+        records = b""
+        for file in (self.directory / ".precache").glob("*.journal"):
+            records = file.read_bytes()[_JOURNAL_HEADER_BYTES:]
+        whole = len(records) - len(records) % _JOURNAL_RECORD.size
+        return {piece for piece, _ in _JOURNAL_RECORD.iter_unpack(records[:whole])}
 
 
 @asynccontextmanager

@@ -1,7 +1,6 @@
 """What precache's tests share: images that are made, sources that serve them, agents in process."""
 
 import asyncio
-import hashlib
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from hostler_common import agent as agent_process
-from hostler_common import client, db, servers, settings, testing
+from hostler_common import db, servers, settings, testing
 from hostler_precache import protocol
 from hostler_precache import testing as precache_testing
 from hostler_precache.distribution.distribution_store import DistributionStore
@@ -44,25 +43,10 @@ def make_image() -> Callable[..., bytes]:
     return precache_testing.image_of
 
 
-def body_of(image_id: str, url: str, data: bytes, **fields: Any) -> dict[str, Any]:
-    """A distribution request for an image of an HTTP source, with its sha512."""
-    return {
-        "image_id": image_id,
-        "image": {
-            "image_id": image_id,
-            "fetcher": "http",
-            "location": url,
-            "os_hash_algo": "sha512",
-            "os_hash_value": hashlib.sha512(data).hexdigest(),
-        },
-        **fields,
-    }
-
-
 @pytest.fixture
 def request_of() -> Callable[..., dict[str, Any]]:
     """`request_of(image_id, url, data, **fields)`."""
-    return body_of
+    return precache_testing.request_of
 
 
 ServicePrecache = Callable[..., AbstractAsyncContextManager[testing.RunningService]]
@@ -124,21 +108,10 @@ async def _stopped(stop: asyncio.Event, task: "asyncio.Task[None]") -> None:
     await task
 
 
-async def until_over(api: client.Api, distribution_id: str, seconds: float = 30) -> dict[str, Any]:
-    """The distribution, once it is over."""
-
-    async def over() -> dict[str, Any] | None:
-        answer: dict[str, Any] = await api.get(f"/v1/distributions/{distribution_id}")
-        return answer if answer["state"] not in ("fetching", "distributing") else None
-
-    found: dict[str, Any] = await testing.eventually(over, seconds=seconds)
-    return found
-
-
 @pytest.fixture
 def over() -> Callable[..., Awaitable[dict[str, Any]]]:
     """`await over(api, distribution_id)`."""
-    return until_over
+    return precache_testing.ended
 
 
 @pytest.fixture
@@ -232,11 +205,13 @@ class Control:
             await self.policies.add_policy(connection, policy_id=policy_id, **values)
         return await self.policies.policy(policy_id)
 
-    def pipeline(self, lister: Any) -> Pipeline:
+    def pipeline(self, lister: Any, *, lister_seconds: float = 60.0) -> Pipeline:
         """What runs policies with this lister, and does nothing else."""
         nothing: Any = None
         return Pipeline(
-            settings=cast("Any", SimpleNamespace(public_url=None, token_seconds=60)),
+            settings=cast("Any", SimpleNamespace(
+                public_url=None, token_seconds=60, lister_seconds=lister_seconds
+            )),
             store=self.store, distributions=self.distributions, swarms=self.swarms,
             tracking=Tracker(self.swarms, member_seconds=30), policies=self.policies,
             seed=nothing, replicas=nothing, plugins=cast("Any", SimpleNamespace(lister=lambda _: lister)),

@@ -127,9 +127,44 @@ class Liar:
         whole: dict[str, Any] = {"image_id": "image-1", "fetcher": "http"}
         return {
             "nothing": None,
+            "text": "",
             "texts": ["image-1"],
             "path": [Image(**whole | {"image_id": "../../etc/passwd"})],
             "number": [Image(**whole | {"image_id": 5})],
             "size": [Image(**whole, size_bytes="5")],  # type: ignore[arg-type]
             "hash": [Image(**whole, source_hash="sha512:00")],  # type: ignore[arg-type]
         }[options["lists"]]
+
+
+class Ended(BaseException):
+    """Nobody's error."""
+
+
+class Ender:
+    """A lister and a fetcher that would take with it whoever asks, by a word."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        del surroundings
+
+    async def list(self, options: Mapping[str, Any]) -> Sequence[Image]:
+        """Nothing."""
+        raise _ending(options["by"])
+
+    @contextlib.asynccontextmanager
+    async def open(self, image: Image) -> AsyncIterator[Source]:
+        """A byte, and the end."""
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"0"
+            raise _ending(image.location)
+
+        yield Source(size_bytes=None, chunks=chunks())
+
+
+def _ending(word: str) -> BaseException:
+    return {
+        "exit": SystemExit(0),
+        "interrupt": KeyboardInterrupt(),
+        "cancel": asyncio.CancelledError(),
+        "own": Ended(),
+    }[word]

@@ -351,6 +351,24 @@ class TestSync:
             assert sorted(moments, key=datetime.datetime.fromisoformat) == moments
             assert not any("ended_at" in event for event in events.of("baremetal.lease.taken"))
 
+    async def test_a_lease_that_has_run_out_is_told_of_when_its_node_leaves(
+        self, run_baremetal: Run, fleet_of: FleetOf, bmc: Any, amqp_url: str
+    ) -> None:
+        events = Events()
+        async with (
+            testing.open_bus(amqp_url, events.subscription()),
+            run_baremetal() as service,
+        ):
+            node_id = await fleet_of(service).enrol(bmc)
+            body = {"owner": "a", "purpose": "p", "ttl_seconds": 0.05}
+            lease = await service.api.post(f"/v1/nodes/{node_id}/lease", body)
+            await asyncio.sleep(0.06)
+            # before or after the sweep: its end is told either way
+            await service.api.call("DELETE", f"/v1/nodes/{node_id}")
+            await events.one("baremetal.node.removed", node_uuid=node_id)
+            (expired,) = events.of("baremetal.lease.expired")
+            assert expired["fencing_token"] == lease["fencing_token"]
+
     async def test_changed_credentials_are_used_by_the_next_command(
         self, run_baremetal: Run, fleet_of: FleetOf, bmc: Any
     ) -> None:

@@ -215,6 +215,17 @@ async def test_who_waited_for_the_end_of_a_lease_has_the_node_since_that_end(
     assert second.expires_at - second.taken_at == datetime.timedelta(seconds=60)
 
 
+async def test_a_renewal_that_had_to_wait_counts_from_when_it_is_made(pool: db.Pool) -> None:
+    node = await enrol(pool)
+    async with db.transaction(pool) as connection:
+        await connection.fetchval("SELECT now()")  # it has begun
+        lease = await take(pool, node)
+        held = await store.get_node(connection, node.id, for_update=True)
+        renewed = await store.renew_lease(connection, held, ttl_seconds=60)
+    assert renewed.expires_at > lease.expires_at
+    assert (renewed.taken_at, renewed.fencing_token) == (lease.taken_at, lease.fencing_token)
+
+
 async def test_a_lease_that_ran_out_and_was_swept_up_is_not_ended_once_more(pool: db.Pool) -> None:
     node = await enrol(pool)
     lease = await take(pool, node, ttl_seconds=0.2)

@@ -17,7 +17,7 @@ versions from the image, and all is fetched again at once.
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -268,12 +268,22 @@ async def _goes_on_after(left_bytes: int, writer: Writer, source: Source, told: 
     return False
 
 
-def _steps(chunk: bytes | Hole) -> Sequence[bytes | Hole]:
+def _steps(chunk: bytes | Hole) -> Iterator[bytes | Hole]:
+    """The chunk; a hole in runs of which each is taken in a moment.
+
+    Raises:
+        SourceError: it is a hole of less than nothing.
+    """
     if not isinstance(chunk, Hole):
-        return (chunk,)
-    whole, rest = divmod(chunk.length_bytes, _HOLE_STEP_BYTES)
-    lengths = [_HOLE_STEP_BYTES] * whole + [rest] * (rest > 0)
-    return [Hole(length_bytes=length) for length in lengths]
+        yield chunk
+        return
+    left = chunk.length_bytes
+    if left < 0:
+        raise SourceError("source.malformed", f"the source has a hole of {left} bytes")
+    while left > 0:
+        length = min(left, _HOLE_STEP_BYTES)
+        yield Hole(length_bytes=length)
+        left -= length
 
 
 def _require_room(part: Path, size_bytes: int, reserve_bytes: int) -> None:

@@ -32,10 +32,14 @@ class ListedImage(_Options):
 
     image_id: Annotated[str, Field(pattern=images.IMAGE_ID_PATTERN)]
     fetcher: str = "http"
-    location: str = Field("", max_length=4096, description="what the fetcher needs to find it")
-    name: str | None = Field(None, max_length=255)
+    location: str = Field(
+        "",
+        max_length=images.MAX_CHARACTERS["location"],
+        description="what the fetcher needs to find it",
+    )
+    name: str | None = Field(None, max_length=images.MAX_CHARACTERS["name"])
     size_bytes: Annotated[int, Field(ge=0)] | None = None
-    disk_format: str | None = Field(None, max_length=20)
+    disk_format: str | None = Field(None, max_length=images.MAX_CHARACTERS["disk_format"])
     os_hash_algo: str | None = Field(None, max_length=20)
     os_hash_value: str | None = Field(None, max_length=128)
     checksum: str | None = Field(None, max_length=32)

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 import aiohttp
 from pydantic import SecretStr
 
+from hostler_common.settings import SettingsError
 from hostler_precache import entry_points, images
 from hostler_precache.entry_points import BrokenPluginError, UnknownPluginError
 from hostler_precache.images import Image, SourceHash
@@ -175,7 +176,11 @@ class Plugins:
 
     def _build(self, group: str, name: str, kind: type) -> Any:  # noqa: ANN401  the callers name the type
         if (group, name) not in self._built:
-            self._built[group, name] = entry_points.build(group, name, self._surroundings, kind)
+            try:
+                made = entry_points.build(group, name, self._surroundings, kind)
+            except SettingsError as exc:  # of the plugin's own: whoever needs it is told
+                raise BrokenPluginError(f"{name!r}: {exc}") from exc
+            self._built[group, name] = made
         return self._built[group, name]
 
 
@@ -193,25 +198,40 @@ _KINDS: Final[Mapping[str, type | UnionType]] = {
 def images_of(listed: object) -> Sequence[Image]:
     """What a lister gave, if it is what listers give: images, each with an id that files may have.
 
+    It is read once, and is a list from then on.
+
     Raises:
         BrokenPluginError: it is not.
     """
-    if not isinstance(listed, Sequence):
-        raise BrokenPluginError(f"it lists a {type(listed).__name__}, which is no sequence")
-    for image in listed:
+    # an empty text would be a sequence too, and let go of all that the policy has distributed
+    if isinstance(listed, str | bytes) or not isinstance(listed, Sequence):
+        raise BrokenPluginError(
+            f"it lists a {type(listed).__name__}, which is no sequence of images"
+        )
+    found = list(listed)
+    for image in found:
         if not isinstance(image, Image):
             raise BrokenPluginError(f"it lists a {type(image).__name__}, which is no Image")
-        for name, kind in _KINDS.items():
-            value = getattr(image, name)
-            if not isinstance(value, kind):
-                raise BrokenPluginError(
-                    f"it lists an Image whose {name} is a {type(value).__name__}"
-                )
-        try:
-            images.image_id(image.image_id)
-        except ValueError as exc:
-            raise BrokenPluginError(f"it lists what is {exc}") from exc
-    return listed
+        _check_fields(image)
+    return found
+
+
+def _check_fields(image: Image) -> None:
+    for name, kind in _KINDS.items():
+        value = getattr(image, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BrokenPluginError(f"it lists an Image whose {name} is a {type(value).__name__}")
+    try:
+        images.image_id(image.image_id)
+    except ValueError as exc:
+        raise BrokenPluginError(f"it lists what is {exc}") from exc
+    for name, most in images.MAX_CHARACTERS.items():
+        if len(getattr(image, name) or "") > most:
+            raise BrokenPluginError(
+                f"it lists an Image whose {name} has more than {most} characters"
+            )
+    if image.source_hash is not None and not images.is_hash(image.source_hash):
+        raise BrokenPluginError("it lists an Image whose source_hash no bytes can have")
 
 
 def server(name: str, site: SeedSite) -> Server:

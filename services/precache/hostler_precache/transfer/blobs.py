@@ -391,9 +391,11 @@ class BlobServer:
         """
         response = _head(blob, span, request)
         transport = request.transport
-        if transport is None:
+        # of TLS, the socket goes a moment before the transport does
+        connection = None if transport is None else transport.get_extra_info("socket")
+        if transport is None or connection is None:
             raise ConnectionResetError("the asker went away")
-        congestion.settle(transport.get_extra_info("socket"))
+        congestion.settle(connection)
         loop = asyncio.get_running_loop()
         count = 0
         with blob.opened() as file:

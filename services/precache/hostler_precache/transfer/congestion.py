@@ -7,7 +7,7 @@ gives back less than a third, and BBR looks at losses not at all. The last of 16
 queue was at 1.06 of the bound with Reno, 1.07 to 1.09 with BBR, 1.13 to 1.16 with CUBIC.
 
 On a long way Reno takes minutes to use the link: who is far away is sent to as the host is set up to. Every kernel
-has Reno, and every user may choose it (tcp(7), TCP_CONGESTION).
+has Reno, and every user may choose it unless the operator forbids that (tcp(7), TCP_CONGESTION).
 """
 
 import socket
@@ -23,6 +23,7 @@ def settle(connection: socket.socket) -> None:
     """A near peer is sent to in the way that shares a link best; one that is far, or not known, as before."""
     shortest_seconds = round_trips.shortest_seconds(connection)
     if shortest_seconds is not None and shortest_seconds < round_trips.FAR_SECONDS:
-        # a route may have its own, locked (ip-route(8), congctl): that is the operator's choice
+        # a route may have its own, locked (ip-route(8), congctl), or Reno not be allowed
+        # (tcp_allowed_congestion_control): that is the operator's choice
         with suppress(PermissionError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, NEAR)

@@ -1,4 +1,4 @@
-"""How far away the other end of a connection is: the shortest round trip that the kernel has seen on it."""
+"""How far away the other end of a connection is: the shortest round trip that the kernel has seen on it lately."""
 
 import socket
 import struct
@@ -12,7 +12,7 @@ _UNKNOWN: Final = 0xFFFFFFFF
 
 
 def shortest_seconds(connection: socket.socket) -> float | None:
-    """The shortest so far; None while that is not known."""
+    """The shortest of the last minutes (net.ipv4.tcp_min_rtt_wlen); None while that is not known."""
     try:
         told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.size)
         (microseconds,) = _MIN_RTT.unpack(told)

@@ -85,7 +85,8 @@ class Window:
 
     def resize(self) -> None:
         """It has its share."""
-        if self._round_trip_seconds is None:
+        # over TLS a socket is closed a moment before whoever receives on it is told
+        if self._round_trip_seconds is None or self._socket.fileno() < 0:
             return
         wanted, largest = self._windows.bytes_for(self, self._round_trip_seconds), _largest_bytes()
         if self.bytes is None:

@@ -16,6 +16,7 @@ import pytest
 from hostler_common import errors, servers, testing
 from hostler_precache.distribution import distributions_api
 from hostler_precache.sources import fetchers, listers
+from hostler_precache.sources.source import SourceError
 
 MIB = 1 << 20
 Over = Callable[..., Awaitable[dict[str, Any]]]
@@ -111,7 +112,7 @@ async def test_three_distributions_at_once_move_no_faster_than_the_whole_cluster
             )
             made.append(await service.api.post("/v1/distributions", body))
         for one in made:
-            answer = await over(service.api, one["distribution_id"], seconds=60)
+            answer = await over(service.api, one["distribution_id"])
             assert answer["host_states"] == {"cached": 2}
             assert answer["estimate"]["limit"] == "the cluster's bandwidth"
         seconds = loop.time() - began
@@ -635,6 +636,21 @@ async def test_a_fetcher_or_lister_that_breaks_takes_nothing_with_it(
         ran = await policy_ran(service.api, policy["policy_id"])
         assert ran["last_outcome"] == "failed"
         assert ran["last_detail"] == "lister.failed: ZeroDivisionError"
+
+
+async def test_what_no_text_can_hold_of_a_fetchers_reason_is_in_no_answer_and_no_metric(
+    precache: Any, over: Over, image_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*_: object) -> None:
+        raise SourceError("\ud800.odd\0", "\ud800")
+
+    monkeypatch.setattr(fetchers.FileFetcher, "open", odd)
+    image = {"image_id": image_id, "fetcher": "file", "location": "/x"}
+    async with precache() as service:
+        made = await service.api.post("/v1/distributions", {"image_id": image_id, "image": image})
+        answer = await over(service.api, made["distribution_id"])
+        assert answer["reason"] == "?.odd: ?"
+        assert 'precache_fetches_total{outcome="?.odd"} 1' in await service.api.get("/metrics")
 
 
 async def test_an_image_that_cannot_be_kept_is_the_policys_outcome(precache: Any) -> None:

@@ -1,7 +1,9 @@
 """What is over for long is forgotten, a few rows at a time, and what is wanted never is."""
 
+import asyncio
 import itertools
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from hostler_precache.distribution.distributions import DistributionId
 from hostler_precache.distribution.history_jobs import History
 from hostler_precache.distribution.history_store import HistoryStore
 from hostler_precache.distribution.rollout import Targets
+from hostler_precache.images import Image
 from hostler_precache.sources.plugins import SourceError
+from hostler_precache.transfer.manifest import ImageId
 
 IMAGE = "image-1"
 DAYS = 30
@@ -146,6 +150,73 @@ async def test_a_run_says_why_its_lister_failed(control: Any, lister_of: Any) ->
 
     await control.pipeline(lister_of(refuse)).run_policies()
     assert (await control.policies.policy(policy.policy_id)).last_outcome == "failed"
+
+
+async def test_a_lister_that_never_answers_holds_up_no_other_policy(
+    control: Any, lister_of: Any
+) -> None:
+    never = asyncio.Event()
+    policies = [await control.add_policy(name=name) for name in ("one", "two")]
+    await control.pipeline(lister_of(never.wait), lister_seconds=0.1).run_policies()
+    for policy in policies:
+        ran = await control.policies.policy(policy.policy_id)
+        assert (ran.last_outcome, ran.last_detail) == (
+            "failed", "lister.timeout: it has not answered for 0.1 s",
+        )  # fmt: skip
+
+
+async def test_what_cannot_be_kept_of_a_list_is_named_and_the_others_are_distributed(
+    control: Any,
+) -> None:
+    odd: list[dict[str, Any]] = [
+        {"name": "\ud800"},
+        {"location": "a\0b"},
+        {"size_bytes": -1},
+        {"size_bytes": 1 << 63},
+    ]
+    listed = [
+        Image(**{"image_id": ImageId(f"odd-{number}"), "fetcher": "http", **fields})
+        for number, fields in enumerate(odd)
+    ]
+    good = Image(image_id=ImageId("good"), fetcher="http")
+    listed += [good, good, replace(good, location="elsewhere")]
+
+    class Lister:
+        async def list(self, options: Any) -> Any:
+            del options
+            return listed
+
+    policy = await control.add_policy()
+    await control.pipeline(Lister()).run_policies()
+    ran = await control.policies.policy(policy.policy_id)
+    summary, *refused = ran.last_detail.split("; ")
+    assert (ran.last_outcome, summary) == ("partial", "7 images, 1 new, 0 moved or withdrawn")
+    assert [one.partition(":")[0] for one in refused] == [
+        "odd-0", "odd-1", "odd-2", "odd-3", "good",
+    ]  # fmt: skip
+    (made,) = await control.distributions.distributions(limit=10)
+    assert made.image_id == "good"
+
+
+async def test_a_policy_run_ends_when_it_is_cancelled_whatever_its_lister_makes_of_that(
+    control: Any, lister_of: Any
+) -> None:
+    begun = asyncio.Event()
+
+    async def stubborn() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as exc:
+            raise SourceError("source.unreachable", "it was cancelled") from exc
+
+    policy = await control.add_policy()
+    running = asyncio.create_task(control.pipeline(lister_of(stubborn)).run_policies())
+    await begun.wait()
+    running.cancel()
+    await asyncio.wait([running])
+    assert running.cancelled()
+    assert (await control.policies.policy(policy.policy_id)).last_outcome is None
 
 
 # --- what is over

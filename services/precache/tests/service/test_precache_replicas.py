@@ -57,7 +57,7 @@ async def test_what_a_killed_seed_had_is_fetched_by_another_for_the_hosts_that_w
     second = await replica("second")
     place = await start_agent("late", second.url, desired_seconds=0.5)
     async with client.open_api(second.url) as api:
-        answer = await over(api, made["distribution_id"], 60)
+        answer = await over(api, made["distribution_id"])
         assert answer["host_states"] == {"cached": 1}
         assert answer["blob_id"] != blob_id
         assert (place / image_id).read_bytes() == data
@@ -105,7 +105,7 @@ async def test_what_a_killed_seed_and_its_source_had_comes_from_a_host_that_has_
     await testing.eventually(is_noticed)
     late = await start_agent("late", second.url, desired_seconds=0.5)
     async with client.open_api(second.url) as api:
-        answer = await over(api, made["distribution_id"], 60)
+        answer = await over(api, made["distribution_id"])
         assert (answer["state"], answer["host_states"]) == ("done", {"cached": 2})
         assert answer["blob_id"] == blob_id
         hosts = {one["host"]: one for one in answer["progress"]}

@@ -1,7 +1,6 @@
 """The server of a seed is a strategy: what it is given, the URL that it gives, and when it ends."""
 
 import os
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ import pytest
 
 from hostler_common import servers
 from hostler_common.settings import SettingsError
-from hostler_precache import entry_points, testing
+from hostler_precache import testing
 from hostler_precache.sources import plugins
 from hostler_precache.sources.plugins import SeedSite
 from hostler_precache.swarming.swarm import SeedPolicy
 from hostler_precache.swarming.tokens import Grant, mint
-from hostler_precache.transfer import manifest
 from hostler_precache.transfer.blobs import Blob, BlobServer
 from hostler_precache.transfer.manifest import BlobId
 from hostler_precache.transfer.seed_server import HttpServer
@@ -36,9 +34,7 @@ def site_of(directory: Path, **fields: Any) -> SeedSite:
 
 async def test_hosts_get_pieces_at_the_url_that_it_gives_until_it_is_left(tmp_path: Path) -> None:
     (tmp_path / BLOB).write_bytes(DATA)
-    hasher = manifest.Hasher(manifest.MIN_PIECE_BYTES)
-    hasher.update(DATA)
-    listed = hasher.finish()
+    listed = testing.described(DATA)
     site = site_of(tmp_path)
     fd = os.open(tmp_path / BLOB, os.O_RDONLY)
     site.blobs.serve(
@@ -68,36 +64,6 @@ async def test_the_url_that_the_operator_says_is_what_hosts_are_told(tmp_path: P
 def test_a_server_that_is_not_installed_is_none(tmp_path: Path, name: str) -> None:
     with pytest.raises(plugins.UnknownPluginError, match="is not installed"):
         plugins.server(name, site_of(tmp_path))
-
-
-async def test_the_service_sends_by_the_server_that_its_setting_names(
-    precache: Any, monkeypatch: pytest.MonkeyPatch, source: Any, make_image: Any,
-    request_of: Any, start_agent: Any, over: Any, image_id: str, tmp_path: Path,
-) -> None:  # fmt: skip
-    sites: list[SeedSite] = []
-
-    class Elsewhere(HttpServer):
-        """The server of somebody else, which notes what it was given."""
-
-        def __init__(self, site: SeedSite) -> None:
-            sites.append(site)
-            super().__init__(site)
-
-    found = metadata.entry_points(group=plugins.SERVERS)
-    assert found.names == {"http"}
-    assert found["http"].load() is HttpServer
-    monkeypatch.setattr(metadata.EntryPoint, "load", lambda _: Elsewhere)
-    with monkeypatch.context() as patched:
-        ours = metadata.EntryPoint(name="elsewhere", value="x:y", group=plugins.SERVERS)
-        real = entry_points.find
-        patched.setattr(
-            entry_points,
-            "find",
-            lambda group, name: ours if name == "elsewhere" else real(group, name),
-        )
-        async with precache(server="elsewhere") as service:
-            assert [one.directory for one in sites] == [tmp_path / "seed"]
-            assert (await service.api.get("/v1/images"))["images"] == []
 
 
 async def test_a_server_that_is_not_installed_is_named_with_those_that_are(precache: Any) -> None:

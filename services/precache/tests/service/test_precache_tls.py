@@ -3,13 +3,14 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from hostler_common import servers, settings, testing
 from hostler_precache.swarming import tokens
@@ -42,14 +43,16 @@ def token() -> str:
 
 
 @asynccontextmanager
-async def serving(directory: Path, contexts: tls.Tls) -> AsyncIterator[tuple[str, Blob]]:
+async def serving(
+    directory: Path, contexts: tls.Tls, *, middlewares: Sequence[Middleware] = ()
+) -> AsyncIterator[tuple[str, Blob]]:
     made = listed()
     (directory / "image").write_bytes(DATA)
     fd = os.open(directory / "image", os.O_RDONLY)
     blob = Blob(BLOB, manifest=made, key=KEY, fd=fd, have=made.all_pieces)
     server = BlobServer(slots=4)
     server.serve(blob)
-    application = web.Application()
+    application = web.Application(middlewares=middlewares)
     server.attach(application)
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=1)
     await runner.setup()
@@ -98,6 +101,30 @@ async def test_pieces_and_piece_maps_come_over_tls_as_they_are_and_are_counted(
             return dict(blob.sent_bytes) == {DISTRIBUTION: len(DATA)}
 
         await testing.eventually(counted)
+
+
+async def test_who_goes_away_just_before_a_piece_leaves_is_no_error_here(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @web.middleware
+    async def goes_away(request: web.Request, handler: Handler) -> web.StreamResponse:
+        transport = request.transport
+        assert transport is not None
+        transport.abort()
+        await asyncio.sleep(0)  # the socket is gone by now, and aiohttp not told yet
+        assert request.transport is transport
+        assert transport.get_extra_info("socket") is None
+        return await handler(request)
+
+    both = contexts(tmp_path)
+    async with (
+        serving(tmp_path, both, middlewares=[goes_away]) as (url, blob),
+        asking(tmp_path, both) as (client, _),
+    ):
+        with pytest.raises(PeerError):
+            await client.fetch(url, 0, timeout_seconds=5)
+        assert blob.sent_bytes == {}
+    assert caplog.messages == []
 
 
 async def test_a_peer_of_another_authority_gets_nothing_and_is_not_believed(

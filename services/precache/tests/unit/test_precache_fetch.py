@@ -237,6 +237,8 @@ async def test_without_any_hash_the_image_is_marked_unverifiable(target: Path) -
         (Given(b"abc"), {"size_bytes": 4}, "source.truncated"),
         (Given(b"abc"), {"size_bytes": 2}, "source.size_mismatch"),
         (Given(b"abc", size_bytes=3), {"size_bytes": 2}, "source.size_mismatch"),
+        (Given(b"abc", Hole(length_bytes=-2)), {}, "source.malformed"),
+        (Given(b"abc", Hole(length_bytes=1 << 80), size_bytes=9), {}, "source.size_mismatch"),
         (
             Given(b"abc", size_bytes=3),
             {"source_hash": SourceHash(algorithm="sha256", value="0" * 64)},

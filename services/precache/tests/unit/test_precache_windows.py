@@ -100,6 +100,20 @@ def test_all_that_receive_share_what_the_link_carries_and_have_it_back_when_one_
     assert other.bytes == QUEUE // 2
 
 
+@pytest.mark.usefixtures("large")
+def test_a_socket_that_was_closed_before_its_connection_was_told_keeps_nobody_from_a_share(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = pair
+    shared = windows.Windows(100 * MBIT)
+    closed, open_ = shared.open(near), shared.open(far)
+    shared.begin(closed)
+    near.close()
+    for other in (open_, shared.open(far)):
+        shared.begin(other)
+    assert open_.bytes == QUEUE // 3
+
+
 def test_a_share_is_never_larger_than_can_be_set(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:

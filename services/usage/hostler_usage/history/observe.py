@@ -13,7 +13,8 @@ and says of the birth only that it happened. Of a volume whose launch it never w
 says that it was launched now. That is no birth in the states of what is not there yet or never came
 to be (`Resource.now_is_unborn`); in another one (an operator has reset it) the volume serves, and
 lives since the first word of it at the latest. Where moments are exact (`Resource.is_exact`), none of
-them is settled with another, and a body of the end speaks of the end's moment, not of its event's.
+them is settled with another, any body that names the birth opens the life, and one of the end speaks
+of the end's moment, not of its event's.
 `cinder-volume-usage-audit --send_actions` sends the create and delete events of its period again:
 new message ids, the audit run's timestamp, today's size. They are told by an audit period of no
 length (cinder/cmd/volume_usage_audit.py), whose moment is the true one, and count as evidence only.
@@ -197,7 +198,8 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
         yield Observation(
             kind=Kind.STATE,
             t_eff=born_at,
-            rank=Rank.EVIDENCE,
+            # what is exact is as good as its own event, which may be lost
+            rank=Rank.CREATE if resource.is_exact else Rank.EVIDENCE,
             opens=True,
             is_rounded=not resource.is_exact,
             evidence=evidence,
@@ -206,15 +208,17 @@ def _plain(statement: Statement, resource: Resource, evidence: Evidence) -> Iter
     shown_at = evidence.event_time
     if is_gone:
         ended_at = (resent_moment if is_resent else None) or statement.ended_at
+        gone_at = ended_at or evidence.event_time
+        if resource.is_exact:
+            # the event may be of the next life's time; and its moment, which is cut, before its own life's birth
+            gone_at = shown_at = max(gone_at, born_at or gone_at)
         yield Observation(
             kind=Kind.END,
-            t_eff=ended_at or evidence.event_time,
+            t_eff=gone_at,
             rank=Rank.EVIDENCE if is_resent or edge is Edge.AUDIT else Rank.DELETE,
             is_rounded=ended_at is not None and not resource.is_exact,
             evidence=evidence,
         )
-        if resource.is_exact and ended_at is not None:
-            shown_at = ended_at  # the event may be of the next life's time
         if is_now:
             return  # it may be that it never was
     if state in resource.unborn:

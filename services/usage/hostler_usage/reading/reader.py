@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final, NamedTuple, TypeGuard
 
 from hostler_usage.reading import mapping
-from hostler_usage.reading.mapping import Kind, Life
+from hostler_usage.reading.mapping import Kind
 from hostler_usage.reading.statement import Attributes, CounterReading, Scalar
 from hostler_usage.reading.times import BadTimeError, is_plausible, parse_time
 
@@ -86,7 +86,7 @@ class Reader:
             for name in sorted(body.attributes)
         )
         self._counters = tuple(_Counter(counter) for counter in body.counters)
-        self._has_segments = resource.life is Life.SEGMENTS
+        self._is_exact = resource.is_exact
 
     def read(self, payload: object, problems: Problems) -> list[Row]:
         """The rows of `payload`, at least one; what could not be read is added to `problems`."""
@@ -120,13 +120,17 @@ class Reader:
             value = found if is_plain(found) else get(row, root, problems)
             if value is not _MISSING:
                 attributes.append((name, value))
+        is_born = self._born_if is None or self._born_if(row, root) not in (None, "")
+        born_at = self._born(row, root, problems) if is_born else None
+        ended_at = self._ended(row, root, problems)
+        if self._is_exact and born_at is not None and ended_at is not None and ended_at < born_at:
+            problems.append("absurd_time:ended")
+            ended_at = None
         return Row(
             resource_id=self._id(row, root, problems),
             at=self._at(row, root, problems),
-            born_at=None
-            if self._born_if is not None and self._born_if(row, root) in (None, "")
-            else self._born(row, root, problems),
-            ended_at=self._ended(row, root, problems),
+            born_at=born_at,
+            ended_at=ended_at,
             period=None if beginning is None or ending is None else (beginning, ending),
             task=self._task(row, root, problems),
             failed=self._is_failed(row, root),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,19 +92,23 @@ def courses(draw: st.DrawFn, least: timedelta, most: timedelta) -> list[Lease]:
     return leases
 
 
-def ledger(told: list[Notification], mapping: Mapping | None = None) -> Ledger:
+def ledger(
+    told: list[Notification], mapping: Mapping | None = None, *, problems: tuple[str, ...] = ()
+) -> Ledger:
     metered = mapping or packaged()
     normaliser = Normaliser(metered)
     found = []
+    named: list[str] = []
     for item in told:
         normalised = normaliser.read(item, region="r1")
-        assert normalised.problems == ()
+        named += normalised.problems
         (one,) = normalised.said
         assert one.statement is not None
         evidence = Evidence(
             event_time=item.timestamp, message_id=item.message_id, digest=item.digest
         )
         found.append((decode(encode(one.statement)), evidence))
+    assert tuple(named) == problems
     return reckon(metered.resources["node"], found)
 
 
@@ -145,6 +150,71 @@ def test_a_lease_is_billed_exactly_after_one_that_was_held_for_long(
     )
     told = [event for lease in (held, *leases) for event in lease.told()]
     assert billed(ledger(told)) == truth([held, *leases])
+
+
+@given(courses(MILLISECOND, 8 * SECOND), st.data())
+def test_a_lease_whose_beginning_is_lost_is_billed_by_its_end(
+    leases: list[Lease], data: st.DataObject
+) -> None:
+    lost = data.draw(st.sets(st.integers(0, len(leases) - 1)))
+    told = [
+        event
+        for number, lease in enumerate(leases)
+        for event in lease.told()[1 if number in lost else 0 :]
+    ]
+    assert billed(ledger(data.draw(st.permutations(told)))) == truth(leases)
+
+
+def one_lease(held: timedelta, end: Literal["released", "expired"] = "released") -> Lease:
+    taken_at = BEGUN + 400 * MILLISECOND
+    ended_at = taken_at + held
+    return Lease(owner="p1", taken_at=taken_at, ended_at=ended_at, end=end, noticed_at=ended_at)
+
+
+@pytest.mark.parametrize(("end", "field"), [("released", "ended_at"), ("expired", "expires_at")])
+def test_an_end_before_its_own_beginning_is_named_and_the_lease_is_over_at_the_event(
+    end: Literal["released", "expired"], field: str
+) -> None:
+    """The database's clock was put back meanwhile; without an end, it would be billed for ever."""
+    held = one_lease(10 * SECOND, end)
+    taken, ended = held.told()
+    assert isinstance(ended.payload, dict)
+    ended = ended._replace(payload={**ended.payload, field: str(held.taken_at - SECOND)})
+    found = ledger([taken, ended], problems=("absurd_time:ended",))
+    assert billed(found) == [("p1", "burn-in", held.taken_at, BEGUN + 10 * SECOND)]
+    assert found.anomalies == ()
+
+
+@pytest.mark.parametrize(
+    ("moment", "problem"),
+    [
+        ("soon", "bad_time:ended_at"),
+        (10**40, "bad_time:ended_at"),
+        (True, "bad_time:ended_at"),
+        ([], "bad_time:ended_at"),
+        ({"__value__": {}}, "bad_time:ended_at"),
+        (-1, "absurd_time:ended_at"),
+        ("9998-12-31 23:59:59+00:00", "absurd_time:ended_at"),
+    ],
+)
+def test_an_end_that_is_no_moment_is_named_and_a_short_lease_is_over_all_the_same(
+    moment: object, problem: str
+) -> None:
+    """AMQP cuts the moment of the event that tells of the end: to before the lease was taken."""
+    held = one_lease(500 * MILLISECOND)
+    taken, ended = held.told()
+    assert isinstance(ended.payload, dict)
+    ended = ended._replace(payload={**ended.payload, "ended_at": moment})
+    assert billed(ledger([taken, ended], problems=(problem,))) == []
+    # and the next one is its own
+    after = Lease(
+        owner="p2",
+        taken_at=BEGUN + 5 * SECOND,
+        ended_at=BEGUN + 6 * SECOND,
+        end="released",
+        noticed_at=BEGUN + 6 * SECOND,
+    )
+    assert billed(ledger([taken, ended, *after.told()], problems=(problem,))) == truth([after])
 
 
 @given(courses(1001 * MILLISECOND, 9000 * MILLISECOND))
