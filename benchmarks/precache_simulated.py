@@ -15,9 +15,9 @@ seed, `graph.Graph` between them. What is modelled is what lies between:
 Measured on the rig: `LOST_SHARE` (8 hosts at 50 Mbit/s, all sending and receiving 1, 2 and 4 streams at once, with the
 congestion control and the windows that agents use: 0.2, 0.8 and 0.3 % less than one stream alone, of which the most is
 taken; with the machine's own control and no windows it was 1.5 to 2.9 %) and `START_SECONDS` (the first payload came
-after 220 ms in a quiet run of 8). `TELL_SECONDS` is the batch of a piece map; `ASK_SECONDS` is an estimate. **The
-processors are not modelled**: where a real run keeps both cores busy, it is slower than this says. What a ratio below
-is worth is said only by `simulated_over_real`, from figures of real runs on the same machine (`--real-8`,
+after 114 to 155 ms in quiet runs of 8). `TELL_SECONDS` is the batch of a piece map; `ASK_SECONDS` is an estimate.
+**The processors are not modelled**: where a real run keeps both cores busy, it is slower than this says. What a ratio
+below is worth is said only by `simulated_over_real`, from figures of real runs on the same machine (`--real-8`,
 `--real-16`); without them the run says nothing about how near the truth it is. Real 1.041 and 1.059 to 1.082 are
 simulated as 1.036 and 1.040.
 
@@ -69,7 +69,7 @@ PIECE_BYTES: Final = 256 * 1024
 SEED_QUEUE: Final = 64
 # what they come from: see above
 LOST_SHARE: Final = 0.008
-START_SECONDS: Final = 0.25
+START_SECONDS: Final = 0.15
 ASK_SECONDS: Final = 0.03
 TELL_SECONDS: Final = 0.05
 SPREAD_SECONDS: Final = 2.0
