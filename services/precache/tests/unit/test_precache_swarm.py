@@ -64,8 +64,12 @@ class PickerMachine(RuleBasedStateMachine):
     @rule(pieces=PIECES, is_coming=st.booleans())
     def waits_for(self, pieces: int, is_coming: bool) -> None:
         if is_coming:
-            self.coming |= set(swarm.members(pieces))
-            self.picker.coming(pieces)
+            # what the rack has, or is had or in flight here, is not waited for
+            known = self.have | self.flying | self.coming
+            known |= self.maps.get("a", set()) | self.maps.get("b", set())
+            new = set(swarm.members(pieces)) - known
+            assert set(swarm.members(self.picker.coming(pieces))) == new
+            self.coming |= new
         else:
             self.coming -= set(swarm.members(pieces))
             self.picker.not_coming(pieces)
