@@ -19,7 +19,7 @@ after 114 to 155 ms in quiet runs of 8). `TELL_SECONDS` is the batch of a piece 
 **The processors are not modelled**: where a real run keeps both cores busy, it is slower than this says. What a ratio
 below is worth is said only by `simulated_over_real`, from figures of real runs on the same machine (`--real-8`,
 `--real-16`); without them the run says nothing about how near the truth it is. Real 1.041 and 1.059 to 1.082 are
-simulated as 1.036 and 1.040.
+simulated as 1.032 and 1.041.
 
 **How many requests are best it cannot say**: fewer than 13 come to less here (10 to 0.5 % less for 1,000), but to late
 single hosts on real links: of 16 with 10 or 8 the last ended at 1.07 to 1.12, with 13 at 1.06 to 1.08. Senders with
@@ -28,7 +28,7 @@ two slots at once, simulated, came to the same ratios as one piece after the oth
 **What a ratio is made of**: the time that a piece takes to get to all, once. From the first third of a run on, 300
 hosts use 98 to 99.5 % of what `LOST_SHARE` (then 0.02) leaves of their uplinks; but at its beginning they have little
 that others lack. 4 % of T* is lost there, half of it in the first four seconds, and is never made good: the seed is no
-faster than they are. More hosts lose more: 1.051, 1.061, 1.064 and 1.081 for 100, 300, 1,000 and 10,000. Shorter or
+faster than they are. More hosts lose more: 1.051, 1.061, 1.065 and 1.081 for 100, 300, 1,000 and 10,000. Shorter or
 longer queues at the senders (4 or 8 askers) and senders that begin with what they never sent change nothing for the
 better at 300.
 
